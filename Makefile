@@ -1,0 +1,84 @@
+# The front door. `make` or `make help` lists what there is.
+#
+# Every target first makes .venv with the tested versions, once. PYTHON=/path/to/python uses that interpreter as it is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+EXP ?=
+ARGS ?=
+CKPT ?=
+OFFICIAL ?=
+EMA ?=
+LABELS ?=
+NUM ?= 64
+SEED ?= 0
+OUT ?= out/
+
+ifdef PYTHON
+  PY := $(PYTHON)
+  READY :=
+else
+  PY := .venv/bin/python
+  READY := .venv/.stamp
+endif
+
+# An argument is passed on only where a value was given.
+opt = $(if $(strip $(2)),--$(1) "$(strip $(2))")
+need_exp = $(if $(strip $(EXP)),,$(error EXP is missing: for example make $@ EXP=jit_digits; make help lists the experiments))
+
+.PHONY: help setup train sample export smoke test test-slow test-gpu lint bench tensorboard
+
+help:  ## this text
+	@echo "softtokens: image generation without a vector-quantised bottleneck"
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@echo
+	@echo "  EXP       experiment, a file of experiments/: $$(cd experiments && ls *.yaml | sed 's/\.yaml//' | grep -vE '^(default|smoke)$$' | tr '\n' ' ')"
+	@echo '  ARGS      LightningCLI overrides: ARGS="--trainer.max_steps=10 --model.init_args.net.depth=4"'
+	@echo "  CKPT      last (newest run of EXP) or a path: resumes in train, loads elsewhere"
+	@echo "  OFFICIAL  an official checkpoint (.pth or .safetensors): starts from it in train, loads elsewhere"
+	@echo "  EMA       weights to sample or export: raw, or a decay such as 0.9999 (default: the first average)"
+	@echo "  PYTHON    an interpreter to use instead of .venv"
+
+setup: $(READY)  ## make .venv with the tested versions (every other target does so too)
+	@$(PY) -c "import torch, lightning; print('ready: torch', torch.__version__, 'lightning', lightning.__version__)"
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 is $$(python3 --version 2>&1), 3.11 or newer is needed: give one with PYTHON=" >&2; exit 2; }
+	@echo "installing into .venv (about 6 GB, some minutes, once) ..."
+	@python3 -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+train: $(READY)  ## train EXP, e.g. make train EXP=jit_digits; CKPT= resumes, OFFICIAL= fine-tunes
+	$(need_exp)@$(PY) -m experiments.main fit --exp "$(EXP)" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(ARGS)
+
+sample: $(READY)  ## draw NUM images of EXP from CKPT or OFFICIAL into OUT: LABELS=0,1,2 NUM=64 SEED=0 OUT=out/
+	$(need_exp)@$(PY) -m experiments.sample --exp "$(EXP)" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA)) $(call opt,labels,$(LABELS)) --num "$(NUM)" --seed "$(SEED)" --out "$(OUT)" $(ARGS)
+
+export: $(READY)  ## write EXP's CKPT in the official layout (OUT=x.pth, all weights) or as safetensors (OUT=x.safetensors, EMA=)
+	$(need_exp)@$(PY) -m experiments.export --exp "$(EXP)" $(call opt,ckpt,$(CKPT)) $(call opt,ema,$(EMA)) --out "$(OUT)" $(ARGS)
+
+smoke: $(READY)  ## EXP shrunken, on synthetic data and CPU: train, resume, sample in seconds
+	$(need_exp)@$(PY) -m tests.smoke "$(EXP)"
+
+test: $(READY)  ## the test suite, a few minutes on 2 cores; GOLDEN_DIR= points it at other golden cases
+	@$(PY) -m pytest $(ARGS)
+
+test-slow: $(READY)  ## the tests that take minutes
+	@$(PY) -m pytest -m slow $(ARGS)
+
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	@$(PY) -m pytest -m gpu $(ARGS)
+
+lint: $(READY)  ## ruff: style and formatting
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+bench: $(READY)  ## time EXP's training step and sampler against the plain reference path
+	$(need_exp)@$(PY) -m benchmarks.bench --exp "$(EXP)" $(ARGS)
+
+tensorboard: $(READY)  ## watch the runs on port 6006
+	@$(PY) -m tensorboard.main --logdir runs

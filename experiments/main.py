@@ -1,0 +1,138 @@
+"""The one entry point for training: `python -m experiments.main fit --exp jit_digits [LightningCLI overrides]`.
+
+`--exp NAME` becomes the recipe's files, `--ckpt last|PATH` a checkpoint to resume, `--official PATH` weights to start
+from. What follows is plain LightningCLI; `make train` calls this.
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from experiments import recipes
+from experiments.errors import one_line_errors
+from experiments.keys import check_keys
+from experiments.load import load_config
+from lightning_modules.base import GenerativeModule
+from lightning_modules.callbacks.checkpoint import LatestCheckpoint, MilestoneCheckpoint
+from lightning_modules.callbacks.ema import EMA
+from lightning_modules.callbacks.guard import Guard
+from lightning_modules.callbacks.progress import StepProgressBar
+from lightning_modules.callbacks.report import Report
+from lightning_modules.callbacks.samples import SampleGrid
+from lightning_modules.callbacks.throughput import Throughput
+
+# Registered by name, so that each merges like any other section. The averages come first: whoever follows may sample.
+CALLBACKS = {
+    "ema": EMA,
+    "throughput": Throughput,
+    "samples": SampleGrid,
+    "guard": Guard,
+    "report": Report,
+    "milestones": MilestoneCheckpoint,
+    "checkpoint": LatestCheckpoint,
+}
+SECTIONS = {"trainer": L.Trainer, **CALLBACKS}
+
+
+class CLI(LightningCLI):
+    """LightningCLI over the recipes."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # an abbreviated key would be taken for the one that it begins, where a mistyped one should be an error
+        return super().init_parser(exit_on_error=False, allow_abbrev=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, name)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks = [StepProgressBar() if type(c) is RichProgressBar else c for c in trainer.callbacks]
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let hyper-parameters stored in the checkpoint beat the YAML and the command line."""
+
+
+def expand(argv: Sequence[str]) -> list[str]:
+    """Replace --exp, --ckpt and --official by what LightningCLI knows. Without --exp the line is left as it is.
+
+    Processes of a distributed run are started again with the expanded line, so expanding twice must change nothing.
+    """
+    argv = list(argv)
+    experiment = _take(argv, "--exp")
+    if experiment is None:
+        return argv
+    checkpoint, official = _take(argv, "--ckpt"), _take(argv, "--official")
+    line = [f"--config={path}" for path in recipes.files(experiment)]
+    line += [f"--trainer.default_root_dir={recipes.RUNS / experiment}", f"--trainer.logger.init_args.name={experiment}"]
+    line += [f"--report.experiment={experiment}"]
+    if checkpoint:
+        path = recipes.find_checkpoint(experiment, checkpoint)
+        version = recipes.run_version(path, experiment)
+        line += [f"--ckpt_path={path}"] + ([f"--trainer.logger.init_args.version={version}"] if version else [])
+    if official:
+        line += [f"--model.init_args.init_from={official}"]
+    check_keys([word for word in argv if word.startswith("--")], load_config(experiment), SECTIONS)
+    commands = argv[:1] if argv and not argv[0].startswith("-") else []
+    return commands + line + argv[len(commands) :]
+
+
+def _take(argv: list[str], flag: str) -> str | None:
+    """Remove `flag VALUE` or `flag=VALUE` from the line; its value, None if absent or empty."""
+    for i, word in enumerate(argv):
+        if word == flag:
+            if i + 1 >= len(argv):
+                raise ValueError(f"{flag} needs a value")
+            value = argv[i + 1]
+            del argv[i : i + 2]
+            return value or None
+        if word.startswith(f"{flag}="):
+            del argv[i]
+            return word.partition("=")[2] or None
+    return None
+
+
+def cli(argv: Sequence[str] | None = None, *, run: bool = True) -> CLI:
+    """Parse a line and, with `run`, do it. `run=False` only builds model, data and trainer (no subcommand then)."""
+    return CLI(
+        GenerativeModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        args=None if argv is None else expand(argv),
+        run=run,
+    )
+
+
+def quiet() -> None:
+    """Silence remarks of libraries that a user of the recipes can do nothing about."""
+    for remark in (
+        ".*does not have many workers.*",  # the offline sets need none
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",  # labels are checked there
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs go on in their own folder
+    ):
+        warnings.filterwarnings("ignore", remark)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+
+
+@one_line_errors
+def main() -> None:
+    quiet()
+    sys.argv[1:] = expand(sys.argv[1:])
+    cli()
+
+
+if __name__ == "__main__":
+    main()

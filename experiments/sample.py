@@ -1,0 +1,140 @@
+"""Draw images: `python -m experiments.sample --exp jit_digits --ckpt last --labels 0,1,2 --num 64 --out out/`.
+
+Writes `grid.png`, one PNG per image, `samples.npz` (`arr_0` uint8 (N, H, W, 3), `labels` int64) and `settings.json`.
+Image i depends on (seed, i) only, not on the batch that it was drawn in. `make sample` calls this.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from experiments import recipes
+from experiments.errors import one_line_errors
+from experiments.load import instantiate, load_config, merge, parse_override
+from layers.precision import cast_linear_
+from layers.random import row_generators
+from lightning_modules.base import GenerativeModule, to_uint8
+from lightning_modules.paths import shown
+from lightning_modules.pictures import enlarge, labels_in_turn, make_grid, save_png
+from lightning_modules.weights import checkpoint_weights, read_torch
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The options that say which weights."""
+    parser.add_argument("--exp", required=True, help="experiment")
+    parser.add_argument("--ckpt", help="'last' or a checkpoint of ours")
+    parser.add_argument("--official", help="an official file, .pth or .safetensors")
+    parser.add_argument("--ema", help="raw, or a decay (default: the first average); of an official file, its key")
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the rest: overrides such as --model.init_args.sampling.num_steps=10."""
+    parser = argparse.ArgumentParser(prog="sample", description=__doc__, allow_abbrev=False)
+    add_source(parser)
+    parser.add_argument("--labels", help="classes, in turn: 0,1,2 (default: all)")
+    parser.add_argument("--num", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_known_args(argv)
+
+
+def model_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Overrides of the model, merged. Raises ValueError for any other."""
+    config: dict[str, Any] = {}
+    for text in overrides:
+        if not text.startswith("--model."):
+            raise ValueError(f"'{text}' changes nothing here: give --model.init_args.<key>=<value>")
+        config = merge(config, parse_override(text)["model"])
+    return config
+
+
+def load(options: argparse.Namespace, overrides: Sequence[str]) -> tuple[GenerativeModule, str]:
+    """The module to sample from, in eval mode, and the file it came from.
+
+    Sizes and sampler settings are those that a checkpoint was trained with; of an official file, the recipe's.
+    Overrides come on top.
+    """
+    if bool(options.ckpt) == bool(options.official):
+        raise ValueError("say which weights: CKPT=last, CKPT=path or OFFICIAL=path (one of them)")
+    recipe, changes = load_config(options.exp)["model"], model_overrides(overrides)
+    if options.official:
+        module = instantiate(merge(recipe, changes), "model")
+        module.load_official(options.official, key=options.ema)
+        return module.eval(), options.official
+    path = recipes.find_checkpoint(options.exp, options.ckpt)
+    checkpoint = read_torch(path)
+    if "hyper_parameters" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of ours: give official files with OFFICIAL=")
+    trained = {"class_path": recipe["class_path"], "init_args": checkpoint["hyper_parameters"]}
+    module = instantiate(merge(trained, changes), "model")
+    module.load_weights(checkpoint_weights(checkpoint, options.ema or "ema"), origin=str(path))
+    return module.eval(), str(path)
+
+
+def parse_labels(text: str | None, num_classes: int, count: int) -> Tensor:
+    """ "0,1,2" -> int64 (count,), going round. Raises ValueError for what is no class."""
+    if count < 1:
+        raise ValueError(f"NUM is {count}: give the number of images to draw")
+    try:
+        chosen = [int(part) for part in text.split(",")] if text else list(range(num_classes))
+    except ValueError:
+        raise ValueError(f"LABELS is '{text}': give class numbers such as 0,1,2") from None
+    if bad := [label for label in chosen if not 0 <= label < num_classes]:
+        raise ValueError(f"label {bad[0]} is out of range: this model has classes 0..{num_classes - 1} (LABELS=)")
+    return labels_in_turn(chosen, count)
+
+
+def draw(module: GenerativeModule, labels: Tensor, *, seed: int, batch_size: int) -> Tensor:
+    """uint8 images (N, 3, H, W) for labels (N,), on the host; bf16 on CUDA, float32 elsewhere."""
+    cuda = module.device.type == "cuda"
+    if cuda:
+        cast_linear_(module.net, torch.bfloat16)
+    batches = []
+    for indices in track(torch.arange(len(labels)).split(batch_size), description="sampling"):
+        generators = row_generators(seed, indices.tolist(), device=module.device)
+        with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+            batches.append(to_uint8(module.sample(labels[indices], generator=generators)).cpu())
+    return torch.cat(batches)
+
+
+def write(images: Tensor, labels: Tensor, settings: dict[str, Any], out: Path) -> None:
+    """Grid, single PNGs, arrays and settings into a folder, which is made."""
+    out.mkdir(parents=True, exist_ok=True)
+    columns = min(10, len(images))
+    save_png(enlarge(make_grid(images, columns=columns), size=images.shape[-1]), out / "grid.png")
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        save_png(image, out / f"{i:06d}_label{label}.png")
+    np.savez(out / "samples.npz", arr_0=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+@one_line_errors
+def main() -> None:
+    options, overrides = parse()
+    module, source = load(options, overrides)
+    labels = parse_labels(options.labels, module.num_classes, options.num)
+    images = draw(module.to(options.device), labels, seed=options.seed, batch_size=options.batch_size)
+    settings = {
+        "experiment": options.exp,
+        "weights": source,
+        "ema": options.ema or "first",
+        "seed": options.seed,
+        "sampling": asdict(module.sampling),
+    }
+    write(images, labels, settings, options.out)
+    print(f"{len(images)} images in {shown(options.out)}: grid.png, single PNGs, samples.npz, settings.json")
+
+
+if __name__ == "__main__":
+    main()

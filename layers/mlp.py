@@ -1,0 +1,24 @@
+"""Feed-forward layers: SwiGLU (Shazeer 2020)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def swiglu_hidden(width: int, mlp_ratio: float) -> int:
+    """Hidden size that keeps the parameters of a plain MLP of `mlp_ratio`: two thirds of it, truncated."""
+    return int(int(width * mlp_ratio) * 2 / 3)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(gate) * value) with (gate, value) = w12(x); dropout before w3. Biases everywhere."""
+
+    def __init__(self, width: int, hidden: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., E)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)  # (..., hidden) twice
+        return self.w3(self.dropout(F.silu(gate) * value))

@@ -1,0 +1,37 @@
+"""Random draws whose generator may be one for the batch or one per row."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+Generators = Generator | Sequence[Generator] | None
+
+
+def randn(shape: Sequence[int], generator: Generators, *, device: torch.device | str) -> Tensor:
+    """Standard normal tensor of `shape`, float32.
+
+    With a sequence of generators, one per row, row i depends on generator i alone: an image then does not change with
+    the size of the batch that it is drawn in. Raises ValueError if their number is not the number of rows.
+    """
+    if generator is None or isinstance(generator, Generator):
+        return torch.randn(*shape, generator=generator, device=device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for {shape[0]} rows: give one per row, or a single one")
+    return torch.stack([torch.randn(*shape[1:], generator=g, device=device) for g in generator])
+
+
+def row_generators(seed: int, indices: Sequence[int], *, device: torch.device | str) -> list[Generator]:
+    """One generator per image index: image i of a seed is the same whatever batch or process draws it."""
+    return [torch.Generator(device).manual_seed(mix_seed(seed, i)) for i in indices]
+
+
+def mix_seed(*parts: int) -> int:
+    """Hash whole numbers into one 63-bit seed (splitmix64), so that neighbours give unrelated streams."""
+    state = 0
+    for part in parts:
+        state = (state ^ part) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

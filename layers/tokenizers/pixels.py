@@ -1,0 +1,43 @@
+"""Patches of pixels as tokens: no learned part, no loss of information."""
+
+from typing import Any
+
+from torch import Generator, Tensor
+
+from layers.patch import patchify, unpatchify
+from layers.tokenizers.base import Tokenizer, Tokens, from_uint8
+
+
+class PixelTokenizer(Tokenizer):
+    """Square images of `image_size` cut into patches of `patch_size`; token dim p*p*channels, values in [-1, 1].
+
+    Raises ValueError if `image_size` is no multiple of `patch_size`, or an image has another size.
+    """
+
+    def __init__(self, image_size: int, patch_size: int, *, channels: int = 3) -> None:
+        super().__init__()
+        if image_size < 1 or patch_size < 1 or image_size % patch_size:
+            raise ValueError(
+                f"image_size {image_size} is not divisible by patch_size {patch_size}: "
+                f"set --model.init_args.tokenizer.init_args.image_size or patch_size"
+            )
+        self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
+        self.grid = (image_size // patch_size, image_size // patch_size)
+        self.token_dim = patch_size**2 * channels
+
+    def init_args(self) -> dict[str, Any]:
+        return {"image_size": self.image_size, "patch_size": self.patch_size, "channels": self.channels}
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[-2:]) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {images.shape[-2]}x{images.shape[-1]}, the tokenizer expects {self.image_size}: give "
+                f"--data.init_args.image_size and --model.init_args.tokenizer.init_args.image_size the same value"
+            )
+        return images
+
+    def encode_raw(self, raw: Tensor, generator: Generator | None = None) -> Tokens:
+        return Tokens(patchify(from_uint8(raw), self.patch_size))  # (B, L, D)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return unpatchify(x, self.patch_size, self.grid)  # (B, C, H, W)

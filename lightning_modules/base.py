@@ -1,0 +1,255 @@
+"""GenerativeModule: what every method shares, so that a method's file holds only the method.
+
+A method writes `training_loss`, `sample_tokens`, `official_rules` and builds `self.net`. In: batches of uint8 images
+(B, 3, H, W) with int64 labels (B,), or `raw` rows of a cache. Out: losses, and float images (B, 3, H, W) in [-1, 1].
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import lightning as L
+import torch
+from torch import Generator, Tensor, nn
+
+from layers.checkpoint import Rule, check_fit, to_official, to_ours
+from layers.embed import LabelEmbedder
+from layers.random import Generators, mix_seed
+from layers.tokenizers.base import Tokenizer
+from layers.tokenizers.base import to_uint8 as to_uint8
+from lightning_modules.config import as_config, as_tokenizer, tokenizer_config
+from lightning_modules.optim import OptimConfig, adamw, learning_rate, param_groups
+from lightning_modules.weights import checkpoint_weights, read_official, read_torch
+
+Batch = dict[str, Any]
+
+
+class GenerativeModule(L.LightningModule):
+    """Base of every method. Arguments common to all:
+
+    tokenizer: images <-> tokens.  num_classes: labels are 0..num_classes-1.  optim: optimiser and schedule.
+    sampling: the method's sampler settings.  init_from: official file to start from (`init_key` picks the weights in
+    it).  init_classes: "keep" the file's class table, or start a "new" one (its null row is kept).
+    compile: torch.compile the network, in place.
+    """
+
+    OFFICIAL_KEYS: ClassVar[tuple[str, ...]] = ("model", "model_ema")  # raw weights first, then EMAs
+    net: nn.Module
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | Mapping[str, Any],
+        num_classes: int,
+        optim: OptimConfig | Mapping[str, Any],
+        sampling: Any,
+        *,
+        init_from: str | None,
+        init_key: str | None,
+        init_classes: Literal["keep", "new"],
+        compile: bool,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}: use 1 with one label 0 for unconditional data")
+        self.tokenizer = as_tokenizer(tokenizer)
+        self.num_classes = num_classes
+        self.optim = as_config(OptimConfig, optim)
+        self.sampling = sampling
+        self.init_from, self.init_key, self.init_classes = init_from, init_key, init_classes
+        self.compile_enabled = compile
+        self._generator: Generator | None = None
+
+    # What a method writes
+
+    def training_loss(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
+        """{"loss": scalar, ...}; every value is logged."""
+        raise NotImplementedError
+
+    def sample_tokens(self, labels: Tensor, sampling: Any, generator: Generators = None) -> Tensor:
+        """int64 labels (B,) -> tokens (B, L, D)."""
+        raise NotImplementedError
+
+    def official_rules(self) -> list[Rule]:
+        """Official parameter names <-> ours."""
+        raise NotImplementedError
+
+    def no_weight_decay(self, name: str, param: nn.Parameter) -> bool:
+        """Parameters without weight decay besides 1-D ones and biases."""
+        return False
+
+    def compiled_modules(self) -> list[nn.Module]:
+        """What `compile: true` compiles."""
+        return [self.net]
+
+    # Arguments and weights
+
+    def save_arguments(self, **arguments: Any) -> None:
+        """Store constructor arguments as plain values, so that checkpoints load with weights_only=True."""
+        self.save_hyperparameters({name: _plain(value) for name, value in arguments.items()})
+
+    @classmethod
+    def load_from_checkpoint(cls, path: str | Path, *, weights: str = "ema", device: str = "cpu") -> Self:
+        """A module from one of our checkpoints, in eval mode.
+
+        `weights`: "ema" (first decay; raw weights where there is no EMA), "raw", or a decay such as "0.9999".
+        Raises FileNotFoundError, or ValueError for a file that is damaged, of another method or without those weights.
+        """
+        checkpoint = read_torch(path)
+        if "hyper_parameters" not in checkpoint:
+            raise ValueError(f"{path} is not a checkpoint of ours: load official files with from_official (OFFICIAL=)")
+        module = cls(**checkpoint["hyper_parameters"])
+        module.load_weights(checkpoint_weights(checkpoint, weights), origin=str(path))
+        return module.to(device).eval()
+
+    @classmethod
+    def from_official(cls, experiment: str, path: str | Path, *, key: str | None = None, device: str = "cpu") -> Self:
+        """The model of a recipe ("jit_b16") with the weights of an official file, in eval mode.
+
+        `key` picks the weights in the file; by default its first EMA, which is what the papers evaluate.
+        """
+        from experiments.load import load_module  # the recipes are data of this package; only this line reads them here
+
+        module = load_module(experiment)
+        if not isinstance(module, cls):
+            raise ValueError(f"experiment '{experiment}' is a {type(module).__name__}, not a {cls.__name__}")
+        module.load_official(path, key=key)
+        return module.to(device).eval()
+
+    def load_official(self, path: str | Path, *, key: str | None = None) -> None:
+        """Replace all weights by those of an official file; see `init_classes` for the class table."""
+        state = to_ours(read_official(path, key, keys=self.OFFICIAL_KEYS), self.official_rules())
+        if self.init_classes == "new":
+            state = self._with_new_classes(state)
+        self.load_weights(state, origin=f"{path} (for another number of classes set init_classes: new)")
+
+    def load_weights(self, state: Mapping[str, Tensor], *, origin: str) -> None:
+        """Strict load; one ValueError names what does not fit. Nothing is changed if it fails."""
+        check_fit(state, self.state_dict(), origin=origin)
+        self.load_state_dict(state)
+
+    def official_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """This module's weights (or `state`, of the same names) under official names and layouts."""
+        return to_official(self.state_dict() if state is None else state, self.official_rules())
+
+    def _with_new_classes(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fresh rows for our classes; the file's last row, 'no label', stays, so that guidance keeps its other branch."""
+        for prefix, module in self.named_modules():
+            name = f"{prefix}.embedding_table.weight"
+            if isinstance(module, LabelEmbedder) and name in state:
+                state[name] = torch.cat([module.embedding_table.weight.data[:-1].cpu(), state[name][-1:].cpu()])
+        return state
+
+    # Training
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.init_from and self.trainer.ckpt_path is None:
+            self.load_official(self.init_from, key=self.init_key)
+
+    def on_fit_start(self) -> None:
+        if self.compile_enabled:
+            for module in self.compiled_modules():
+                module.compile(dynamic=False)  # in place: parameter names stay
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Check labels while they are still on the host, where it costs no wait for the device."""
+        labels = batch.get("label")
+        if labels is not None and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(self._label_error(labels))
+        return batch
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Reseed from (seed, rank, epoch, batch): a resumed run draws the dropout that the unbroken one did."""
+        torch.manual_seed(self._seed("train", self.global_rank, batch_idx))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step("train", batch, batch_idx)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step("val", batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """uint8 images (B, 3, H, W) for the batch's labels."""
+        generator = self._step_generator("predict", batch_idx)
+        return to_uint8(self.sample(batch["label"], generator=generator))
+
+    def _step(self, kind: str, batch: Batch, batch_idx: int) -> Tensor:
+        losses = self.training_loss(batch, self._step_generator(kind, batch_idx))
+        values = {f"{kind}/{name}": value.detach() for name, value in losses.items()}
+        training = kind == "train"
+        if training and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            # the mean over ranks, only when it is written: an all-reduce at every step would be paid for nothing
+            values = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
+        size = len(next(iter(batch.values())))
+        self.log_dict(
+            values, batch_size=size, sync_dist=not training, prog_bar=True, on_step=training, on_epoch=not training
+        )
+        return losses["loss"]
+
+    def global_rows(self, draw: Callable[..., Tensor], batch: int, *shape: int, generator: Generator | None) -> Tensor:
+        """This rank's rows of one draw for the global batch: (batch, *shape).
+
+        The sampler deals rows in turn, so row j of rank r is row j*world + r: with the same generator on every rank,
+        the noise of an image does not depend on how many processes share the batch.
+        """
+        world, rank = (self.trainer.world_size, self.global_rank) if self._trainer is not None else (1, 0)
+        return draw(batch * world, *shape, generator=generator, device=self.device)[rank::world]
+
+    def _step_generator(self, kind: str, batch_idx: int) -> Generator:
+        if self._generator is None or self._generator.device != self.device:
+            self._generator = Generator(self.device)
+        return self._generator.manual_seed(self._seed(kind, 0, batch_idx))
+
+    def _seed(self, kind: str, rank: int, batch_idx: int) -> int:
+        # validation draws the same noise at every epoch, so that its losses compare
+        epoch = self.current_epoch if kind == "train" else 0
+        return mix_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)), sum(kind.encode()), rank, epoch, batch_idx)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        config, trainer = self.optim, self.trainer
+        lr = config.peak_lr(trainer.datamodule.batch_size if trainer.datamodule else 256)
+        total = trainer.estimated_stepping_batches  # also sets up the loader that the next line counts
+        steps_per_epoch = max(1, trainer.num_training_batches // trainer.accumulate_grad_batches)
+        warmup = config.warmup(steps_per_epoch)
+        groups = param_groups(self.named_parameters(), config.weight_decay, no_weight_decay=self.no_weight_decay)
+
+        def factor(step: int) -> float:
+            rate = learning_rate(
+                step, peak=lr, warmup=warmup, total=total, schedule=config.schedule, min_lr=config.min_lr
+            )
+            return rate / lr
+
+        optimizer = adamw(groups, config, lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor | Sequence[int], sampling: Any = None, generator: Generators = None) -> Tensor:
+        """Images for labels: int64 (B,) -> float32 (B, 3, H, W), nominally in [-1, 1]; see `to_uint8`.
+
+        `sampling` overrides the module's settings. `generator`: one for the batch, or a sequence with one per image.
+        Raises ValueError for a label outside 0..num_classes-1.
+        """
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(self._label_error(labels))
+        was_training = self.training
+        self.eval()
+        try:
+            tokens = self.sample_tokens(labels.to(self.device), sampling or self.sampling, generator)
+            return self.tokenizer.decode(tokens).float()
+        finally:
+            self.train(was_training)
+
+    def _label_error(self, labels: Tensor) -> str:
+        bad = labels[(labels < 0) | (labels >= self.num_classes)][0].item()
+        return f"label {bad} is out of range: this model has classes 0..{self.num_classes - 1} (num_classes)"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tokenizer):
+        return tokenizer_config(value)
+    return asdict(value) if is_dataclass(value) else value

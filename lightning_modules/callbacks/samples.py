@@ -1,0 +1,72 @@
+"""Sample grids while training, from the raw weights and from every EMA side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_modules.base import GenerativeModule, to_uint8
+from lightning_modules.callbacks.ema import EMA
+from lightning_modules.paths import run_folder
+from lightning_modules.pictures import enlarge, labels_in_turn, make_grid, save_png
+
+
+class SampleGrid(L.Callback):
+    """Every `every_n_steps` optimiser steps and at the end: TensorBoard images and `samples/*.png` in the run folder.
+
+    The same labels and noise each time, so that grids compare. `labels`: which classes, in turn (all if None).
+    `weights`: which of "raw" and the EMA decays (all if None). Nothing of the training's random state is touched.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 5000,
+        num_images: int = 16,
+        columns: int = 8,
+        labels: Sequence[int] | None = None,
+        weights: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if every_n_steps < 1 or num_images < 1 or columns < 1:
+            raise ValueError(
+                f"samples: every_n_steps {every_n_steps}, num_images {num_images}, columns {columns} must be positive"
+            )
+        self.every_n_steps, self.num_images, self.columns = every_n_steps, num_images, columns
+        self.labels, self.chosen, self.seed = labels, weights, seed
+        self.last_picture: Path | None = None
+        self._done_at = -1
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: GenerativeModule, *args: Any) -> None:
+        step = trainer.global_step
+        last = step >= trainer.estimated_stepping_batches
+        if trainer.is_global_zero and step != self._done_at and (last or step % self.every_n_steps == 0):
+            self._done_at = step
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
+        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
+        names = self.chosen or ["raw", *(ema.names if ema else [])]
+        grids = []
+        for name in names:
+            with ema.weights(pl_module, name) if ema else torch.no_grad(), trainer.precision_plugin.forward_context():
+                images = to_uint8(self._sample(pl_module))
+            grids.append(make_grid(images, columns=self.columns))
+            if hasattr(trainer.logger, "log_dir"):
+                trainer.logger.experiment.add_image(f"samples/{name}", grids[-1], trainer.global_step)
+        size = pl_module.tokenizer.image_size
+        self.last_picture = run_folder(trainer) / "samples" / f"step={trainer.global_step:07d}_{'_'.join(names)}.png"
+        save_png(enlarge(side_by_side(grids), size=size), self.last_picture)
+
+    def _sample(self, pl_module: GenerativeModule) -> Tensor:
+        generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+        labels = labels_in_turn(list(self.labels or range(pl_module.num_classes)), self.num_images)
+        return pl_module.sample(labels, generator=generator)
+
+
+def side_by_side(grids: Sequence[Tensor], *, gap: int = 6) -> Tensor:
+    """Grids (3, H, W) of one height -> one picture with white gaps."""
+    padded = [torch.nn.functional.pad(grid, (0, gap), value=255) for grid in grids[:-1]]
+    return torch.cat([*padded, grids[-1]], dim=-1)

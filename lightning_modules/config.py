@@ -1,0 +1,77 @@
+"""Arguments as dataclasses, and as the plain values that a checkpoint may hold.
+
+Checkpoints load with weights_only=True, so hyper-parameters are stored as dicts; a constructor accepts both forms.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from layers.tokenizers.base import Tokenizer
+
+T = TypeVar("T")
+
+
+def as_config(cls: type[T], value: T | Mapping[str, Any]) -> T:
+    """A dataclass instance from itself or from a mapping of its fields.
+
+    Raises ValueError naming a field that does not exist (with the nearest name) or a value of the wrong type.
+    """
+    if isinstance(value, cls):
+        return value
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    for name in value:
+        if name not in fields:
+            raise ValueError(unknown_key(f"{cls.__name__}.{name}", [f"{cls.__name__}.{field}" for field in fields]))
+    return cls(**{name: _coerce(item, fields[name], f"{cls.__name__}.{name}") for name, item in value.items()})
+
+
+def unknown_key(name: str, known: list[str]) -> str:
+    """Error text for a key that nothing reads, with the nearest that something does."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"unknown key '{name}'" + (
+        f": did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+    )
+
+
+def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """{"class_path", "init_args"} of a tokenizer, as in a recipe."""
+    cls = type(tokenizer)
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": tokenizer.init_args()}
+
+
+def as_tokenizer(value: Tokenizer | Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer from itself or its config. Only classes below `layers.tokenizers` are imported."""
+    if isinstance(value, Tokenizer):
+        return value
+    module, _, name = value["class_path"].rpartition(".")
+    if not module.startswith("layers.tokenizers."):
+        raise ValueError(f"tokenizer class '{value['class_path']}' is not in layers.tokenizers: not loaded")
+    return getattr(importlib.import_module(module), name)(**value["init_args"])
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    """`value` if it is of type `hint`, with the harmless conversions of a YAML reader: int to float, list to tuple."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [arg for arg in args if arg is not type(None)]
+        return _coerce(value, options[0], name) if len(options) == 1 else value
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError(f"{name} is '{value}', expected one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(args):
+        return tuple(_coerce(item, arg, name) for item, arg in zip(value, args, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = origin or hint
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"{name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
+    return value

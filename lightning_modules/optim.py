@@ -1,0 +1,76 @@
+"""AdamW with two parameter groups and a warm-up schedule, as the recipes state them."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass
+class OptimConfig:
+    """Exactly one of `lr` and `blr`; at most one of `warmup_steps` and `warmup_epochs`."""
+
+    lr: float | None = None  # learning rate
+    blr: float | None = None  # learning rate per 256 images of the global batch
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up, until the end of training
+    min_lr: float = 0.0  # end of the cosine
+    warmup_steps: int | None = None  # optimiser steps, linear from 0
+    warmup_epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.lr is None) == (self.blr is None):
+            raise ValueError(f"give exactly one of optim.lr ({self.lr}) and optim.blr ({self.blr})")
+        if self.warmup_steps is not None and self.warmup_epochs is not None:
+            raise ValueError(
+                f"give at most one of optim.warmup_steps ({self.warmup_steps}) and warmup_epochs ({self.warmup_epochs})"
+            )
+
+    def peak_lr(self, global_batch_size: int) -> float:
+        """`lr`, or `blr` x global batch / 256 (Goyal et al. 2017)."""
+        return self.lr if self.lr is not None else self.blr * global_batch_size / 256
+
+    def warmup(self, steps_per_epoch: int) -> float:
+        """Length of the warm-up in optimiser steps."""
+        return self.warmup_steps or (self.warmup_epochs or 0) * steps_per_epoch
+
+
+def learning_rate(
+    at: float, *, peak: float, warmup: float, total: float, schedule: str = "constant", min_lr: float = 0.0
+) -> float:
+    """Linear warm-up from 0, then constant or half a cosine down to `min_lr` (MAE, JiT `util/lr_sched.py`).
+
+    `at`, `warmup` and `total` share a unit: optimiser steps here, fractional epochs in the official code.
+    """
+    if at < warmup:
+        return peak * at / warmup
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (at - warmup) / max(total - warmup, 1e-12))
+    return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def param_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    *,
+    no_weight_decay: Callable[[str, nn.Parameter], bool],
+) -> list[dict]:
+    """Two AdamW groups in the official order: without decay (1-D, biases, the method's exceptions), then with decay."""
+    free, decayed = [], []
+    for name, param in named_parameters:
+        if param.requires_grad:
+            exempt = param.ndim == 1 or name.endswith(".bias") or no_weight_decay(name, param)
+            (free if exempt else decayed).append(param)
+    return [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+
+
+def adamw(groups: list[dict], config: OptimConfig, lr: float) -> torch.optim.AdamW:
+    """Fused where the parameters lie on CUDA; the plain kernels elsewhere are the reference for bit-exact resume."""
+    fused = groups[1]["params"][0].is_cuda
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)

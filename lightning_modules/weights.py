@@ -1,0 +1,83 @@
+"""Reading weights from files: our checkpoints, official checkpoints, safetensors. Nothing here unpickles code."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def read_torch(path: str | Path) -> dict[str, Any]:
+    """A torch file as tensors and plain values, memory-mapped.
+
+    argparse.Namespace, which official trainers store beside the weights, is the one class allowed.
+    Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
+    """
+    path = existing(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain values, so it is not loaded") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a readable torch checkpoint (damaged or cut short?)") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of weights")
+    return content
+
+
+def existing(path: str | Path) -> Path:
+    """The path, or FileNotFoundError if no file is there."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at '{path}': nothing was loaded, nothing was trained")
+    return path
+
+
+def read_official(path: str | Path, key: str | None, *, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Weights under official names from a safetensors file (one set) or an official torch file (`key` picks the set).
+
+    `keys` are the sets such a file has, raw weights first; without `key` the first EMA is taken. A torch file that is a
+    bare state dict is accepted as it is. Raises ValueError if the set is not in the file.
+    """
+    path = existing(path)
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+    content = read_torch(path)
+    if key is None and not any(k in content for k in keys):
+        return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    key = key or keys[min(1, len(keys) - 1)]
+    if key not in content:
+        raise ValueError(
+            f"{path} has no weights '{key}'; it has {', '.join(k for k in keys if k in content) or 'none'}"
+        )
+    return dict(content[key])
+
+
+def ema_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """State of the EMA callback inside one of our checkpoints: {"decays": [...], "shadows": [{name: tensor}, ...]}."""
+    return checkpoint.get("callbacks", {}).get("EMA")
+
+
+def checkpoint_weights(checkpoint: Mapping[str, Any], weights: str) -> dict[str, Tensor]:
+    """State dict of one of our checkpoints: "raw", "ema" (the first decay; raw if there is none) or a decay "0.9999".
+
+    Raises ValueError if that decay was not kept.
+    """
+    state = dict(checkpoint["state_dict"])
+    ema = ema_state(checkpoint)
+    if weights == "raw" or (weights == "ema" and ema is None):
+        return state
+    decays = ["ema", *(str(decay) for decay in ema["decays"])] if ema else []
+    if weights not in decays:
+        raise ValueError(f"no weights '{weights}' in the checkpoint; it has raw{''.join(f', {d}' for d in decays)}")
+    state.update(ema["shadows"][max(0, decays.index(weights) - 1)])
+    return state
