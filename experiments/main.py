@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -79,9 +80,20 @@ def expand(argv: Sequence[str]) -> list[str]:
         line += [f"--ckpt_path={path}"] + ([f"--trainer.logger.init_args.version={version}"] if version else [])
     if official:
         line += [f"--model.init_args.init_from={official}"]
-    check_keys([word for word in argv if word.startswith("--")], load_config(experiment), SECTIONS)
+    check_keys(
+        [word for word in argv if word.startswith("--")], load_config(experiment, overlays=_overlays(argv)), SECTIONS
+    )
     commands = argv[:1] if argv and not argv[0].startswith("-") else []
     return commands + line + argv[len(commands) :]
+
+
+def _overlays(argv: Sequence[str]) -> list[Path]:
+    """Files that the line itself adds: --config=FILE or --config FILE."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    paths = [
+        Path(word.partition("=")[2] or following) for word, following in pairs if word.partition("=")[0] == "--config"
+    ]
+    return [path for path in paths if path.is_file()]  # the parser reports the others
 
 
 def _take(argv: list[str], flag: str) -> str | None:

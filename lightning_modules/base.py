@@ -134,7 +134,7 @@ class GenerativeModule(L.LightningModule):
         return to_official(self.state_dict() if state is None else state, self.official_rules())
 
     def _with_new_classes(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fresh rows for our classes; the file's last row, 'no label', stays, so that guidance keeps its other branch."""
+        """Fresh rows for our classes; the file's last row, 'no label', stays: guidance keeps its other branch."""
         for prefix, module in self.named_modules():
             name = f"{prefix}.embedding_table.weight"
             if isinstance(module, LabelEmbedder) and name in state:

@@ -44,7 +44,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LatestCheckpoint(ModelCheckpoint):
-    """Every `every_n_train_steps` optimiser steps and after the last one; keeps the newest `save_top_k` = 1 file."""
+    """Every `every_n_train_steps` optimiser steps and after the last one; only the newest file is kept.
+
+    The file that a run was resumed from goes too, once a newer one is written, if it lies in the same folder.
+    """
 
     def __init__(self, every_n_train_steps: int = 1000, dirpath: str | None = None) -> None:
         super().__init__(
@@ -65,6 +68,13 @@ class LatestCheckpoint(ModelCheckpoint):
         """Save at the current step, whatever the interval; returns the path."""
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         return self.best_model_path
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        resumed, newest = Path(trainer.ckpt_path or ""), Path(self.best_model_path)
+        ours = resumed.match("step=*.ckpt") and resumed.resolve().parent == newest.resolve().parent
+        if ours and resumed.resolve() != newest.resolve() and resumed.exists():
+            trainer.strategy.remove_checkpoint(resumed)  # on rank zero only
 
 
 class MilestoneCheckpoint(ModelCheckpoint):

@@ -1,0 +1,76 @@
+"""`make smoke EXP=name`: a recipe, shrunken, through the real command line: train, resume, sample, export.
+
+Shrinking is `experiments/smoke.yaml` plus the TINY overrides at the head of the method's test.
+"""
+
+import importlib
+import sys
+import tempfile
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+from experiments import export, main, recipes, sample
+from experiments.errors import one_line_errors
+from experiments.load import load_config
+from lightning_modules.weights import read_torch
+
+SMOKE = recipes.FOLDER / "smoke.yaml"
+
+
+def tiny(experiment: str) -> dict[str, Any]:
+    """TINY of tests/methods/test_<module>.py, where <module> is the file of the recipe's LightningModule."""
+    class_path = load_config(experiment)["model"]["class_path"]
+    return importlib.import_module(f"tests.methods.test_{class_path.split('.')[1]}").TINY
+
+
+def shrunken(experiment: str) -> list[str]:
+    """What follows `fit --exp NAME` for a smoke run."""
+    return [f"--config={SMOKE}", *(f"--{key}={value}" for key, value in tiny(experiment).items())]
+
+
+def train(experiment: str, *extra: str) -> Any:
+    """A smoke run through the command line in this process; the CLI object."""
+    return main.cli(["fit", "--exp", experiment, *shrunken(experiment), *extra])
+
+
+def smoke(experiment: str, folder: Path) -> None:
+    """Train two steps, resume for two more, sample and export, all inside `folder`; asserts what came of it."""
+    with chdir(folder):
+        assert train(experiment).trainer.global_step == 2
+        first = recipes.find_checkpoint(experiment, "last")
+        resumed = train(experiment, "--ckpt", "last", "--trainer.max_steps=4")
+        assert resumed.trainer.global_step == 4
+        last = recipes.find_checkpoint(experiment, "last")
+        assert last.parent == first.parent and not first.exists(), "a resumed run goes on in its own folder"
+        assert read_torch(last)["global_step"] == 4
+        assert list(last.parent.parent.glob("samples/*.png")), "no sample grid was written"
+        call(sample.main, "--exp", experiment, "--ckpt", "last", "--num", "3", "--labels", "1,0", "--out", "out")
+        assert {"grid.png", "samples.npz", "settings.json"} <= {path.name for path in Path("out").iterdir()}
+        call(export.main, "--exp", experiment, "--ckpt", "last", "--out", "weights.safetensors")
+        assert Path("weights.safetensors").stat().st_size > 0
+
+
+def call(entry: Any, *line: str) -> None:
+    """Run an entry point with this command line."""
+    before = sys.argv
+    sys.argv = [entry.__module__, *line]
+    try:
+        entry()
+    finally:
+        sys.argv = before
+
+
+@one_line_errors
+def run() -> None:
+    if len(sys.argv) != 2:
+        raise ValueError("give one experiment: make smoke EXP=jit_digits")
+    recipes.files(sys.argv[1])
+    main.quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        smoke(sys.argv[1], Path(folder))
+    print(f"smoke of {sys.argv[1]}: trained, resumed, sampled, exported")
+
+
+if __name__ == "__main__":
+    run()

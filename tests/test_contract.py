@@ -1,0 +1,99 @@
+"""What every method promises, on its TINY sizes: a finite loss, learning, samples, reproducibility."""
+
+import pytest
+import torch
+
+from experiments import recipes
+from experiments.load import instantiate, load_config
+from lightning_modules.base import to_uint8
+from tests.smoke import SMOKE, tiny
+
+FAMILIES = [name for name in recipes.names() if "_" not in name]  # the family recipes: one per method
+
+
+def build(experiment: str):
+    """Module and data module, shrunken."""
+    overrides = [f"{key}={value}" for key, value in tiny(experiment).items()]
+    config = load_config(experiment, overrides)
+    smoke = load_config(experiment, overrides, overlays=[SMOKE])
+    smoke["data"]["init_args"] |= {"image_size": config["model"]["init_args"]["tokenizer"]["init_args"]["image_size"]}
+    return instantiate(config["model"], "model"), instantiate(smoke["data"], "data")
+
+
+@pytest.fixture(params=FAMILIES)
+def built(request):
+    module, data = build(request.param)
+    data.setup()
+    return module, next(iter(data.train_dataloader()))
+
+
+def test_loss_is_finite_and_every_trainable_parameter_gets_a_gradient(built):
+    module, batch = built
+    for _ in range(2):  # zero-initialised outputs hide what lies behind them at the first step
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        module.training_loss(batch)["loss"].backward()
+        optimizer.step()
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+def test_one_batch_is_learnt(built):
+    module, batch = built
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+
+    def loss():
+        return module.training_loss(batch, torch.Generator().manual_seed(0))["loss"]
+
+    first = loss().item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+    assert value.item() < 0.6 * first
+
+
+def test_samples_have_shape_range_and_follow_the_seed(built):
+    module, _ = built
+    labels = [0, 1, 2]
+    first, again, other = (module.sample(labels, generator=torch.Generator().manual_seed(s)) for s in (5, 5, 6))
+    size = module.tokenizer.image_size
+    assert first.shape == (3, 3, size, size) and first.dtype == torch.float32
+    assert to_uint8(first).dtype == torch.uint8
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_an_image_does_not_depend_on_its_batch(built):
+    module, _ = built
+
+    def draw(indices):
+        generators = [torch.Generator().manual_seed(100 + i) for i in indices]
+        return module.sample([i % 3 for i in indices], generator=generators)
+
+    together, alone = draw([0, 1, 2]), draw([1])
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_sampling_leaves_mode_and_global_random_state_alone(built):
+    module, _ = built
+    module.train()
+    state = torch.get_rng_state()
+    module.sample([0], generator=torch.Generator().manual_seed(0))
+    assert module.training and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_label_out_of_range_names_value_and_range(built, label):
+    module, _ = built
+    with pytest.raises(ValueError, match=rf"label {label} is out of range.*0\.\.9"):
+        module.sample([0, label])
+
+
+def test_weights_go_to_the_official_layout_and_back(built):
+    module, _ = built
+    from layers.checkpoint import to_ours
+
+    back = to_ours(module.official_state_dict(), module.official_rules())
+    assert set(back) == set(module.state_dict())
+    assert all(torch.equal(back[name], tensor) for name, tensor in module.state_dict().items())
