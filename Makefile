@@ -65,7 +65,7 @@ smoke: $(READY)  ## EXP shrunken, on synthetic data and CPU: train, resume, samp
 	$(need_exp)@$(PY) -m tests.smoke "$(EXP)"
 
 test: $(READY)  ## the test suite, a few minutes on 2 cores; GOLDEN_DIR= points it at other golden cases
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)  ## the tests that take minutes
 	@$(PY) -m pytest -m slow $(ARGS)

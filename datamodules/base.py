@@ -118,6 +118,12 @@ class BatchData(L.LightningDataModule, ABC):
             train, val = self.make_datasets()
             self.train_set, self.val_set = self._limited(train), None if val is None else self._limited(val)
 
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps that the trainer takes in one epoch."""
+        sampler = self._sampler(self._ready(), shuffle=True)
+        batches = self._epoch_batches(len(sampler) // sampler.batch_size)
+        return -(-batches // (self.trainer.accumulate_grad_batches if self.trainer else 1))
+
     def train_dataloader(self) -> ResumableLoader:
         """Loader of whole global batches in shuffled order; each batch holds this process's share of one."""
         rows = self._ready()

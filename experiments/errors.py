@@ -27,6 +27,9 @@ def one_line_errors(main: Callable[[], Any]) -> Callable[[], Any]:
                 raise
             print(f"error: {describe(error)}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted before there was anything to save", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped
 

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,34 @@ def parse_override(text: str) -> dict[str, Any]:
     return parsed
 
 
+def find_class(class_path: str, where: str) -> type:
+    """The class of a recipe. Raises ValueError for one outside the project and Lightning, or that does not exist."""
+    module_name, _, class_name = class_path.rpartition(".")
+    if module_name.split(".")[0] not in PACKAGES:
+        raise ValueError(f"{where}.class_path '{class_path}' is not of {', '.join(PACKAGES)}: not imported")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"{where}.class_path '{class_path}' does not exist ({error})") from error
+
+
 def instantiate(config: dict[str, Any], where: str) -> Any:
     """{"class_path", "init_args"} -> object, nested configs first. Raises ValueError for an unknown class or key."""
-    module_name, _, class_name = config["class_path"].rpartition(".")
-    if module_name.split(".")[0] not in PACKAGES:
-        raise ValueError(f"{where}.class_path '{config['class_path']}' is not of {', '.join(PACKAGES)}: not imported")
-    cls = getattr(importlib.import_module(module_name), class_name)
+    cls = find_class(config["class_path"], where)
     hints = typing.get_type_hints(cls.__init__)
-    known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     arguments = config.get("init_args") or {}
-    for name in arguments:
-        if name not in known:
-            raise ValueError(unknown_key(f"{where}.init_args.{name}", [f"{where}.init_args.{key}" for key in known]))
+    check_arguments(cls, arguments, where)
     return cls(
         **{name: _build(value, hints.get(name), f"{where}.init_args.{name}") for name, value in arguments.items()}
     )
+
+
+def check_arguments(cls: type, arguments: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for a name that the constructor does not take, with the nearest that it does."""
+    known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    for name in arguments:
+        if name not in known:
+            raise ValueError(unknown_key(f"{where}.init_args.{name}", [f"{where}.init_args.{key}" for key in known]))
 
 
 def _build(value: Any, hint: Any, where: str) -> Any:

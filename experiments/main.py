@@ -5,6 +5,7 @@ from. What follows is plain LightningCLI; `make train` calls this.
 """
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -84,7 +85,14 @@ def expand(argv: Sequence[str]) -> list[str]:
         [word for word in argv if word.startswith("--")], load_config(experiment, overlays=_overlays(argv)), SECTIONS
     )
     commands = argv[:1] if argv and not argv[0].startswith("-") else []
-    return commands + line + argv[len(commands) :]
+    return commands + line + [_null_inside(word) for word in argv[len(commands) :]]
+
+
+def _null_inside(word: str) -> str:
+    """--model.init_args.optim.blr=null as --model.init_args.optim={blr: null}, which is the same and which jsonargparse
+    4.53 can read: it takes a null inside a dataclass for the text "null"."""
+    match = re.fullmatch(r"(--(?:model|data)\.init_args(?:\.\w+)*\.(?!init_args\b)\w+)\.(\w+)=null", word)
+    return f"{match[1]}={{{match[2]}: null}}" if match else word
 
 
 def _overlays(argv: Sequence[str]) -> list[Path]:

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from experiments import recipes
 from experiments.errors import one_line_errors
-from experiments.load import instantiate, load_config, merge, parse_override
-from layers.precision import cast_linear_
+from experiments.load import check_arguments, find_class, instantiate, load_config, merge, parse_override
 from layers.random import row_generators
 from lightning_modules.base import GenerativeModule, to_uint8
 from lightning_modules.paths import shown
 from lightning_modules.pictures import enlarge, labels_in_turn, make_grid, save_png
-from lightning_modules.weights import checkpoint_weights, read_torch
+from lightning_modules.weights import read_checkpoint
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +45,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="CUDA graphs: pays from some hundred images")
     return parser.parse_known_args(argv)
 
 
@@ -73,12 +73,11 @@ def load(options: argparse.Namespace, overrides: Sequence[str]) -> tuple[Generat
         module.load_official(options.official, key=options.ema)
         return module.eval(), options.official
     path = recipes.find_checkpoint(options.exp, options.ckpt)
-    checkpoint = read_torch(path)
-    if "hyper_parameters" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of ours: give official files with OFFICIAL=")
-    trained = {"class_path": recipe["class_path"], "init_args": checkpoint["hyper_parameters"]}
-    module = instantiate(merge(trained, changes), "model")
-    module.load_weights(checkpoint_weights(checkpoint, options.ema or "ema"), origin=str(path))
+    arguments, state = read_checkpoint(path, options.ema or "ema")
+    cls, arguments = find_class(recipe["class_path"], "model"), merge(arguments, changes.get("init_args", {}))
+    check_arguments(cls, arguments, "model")
+    module = cls(**arguments)  # a checkpoint comes from anywhere: it names no class but a tokenizer's
+    module.load_weights(state, origin=str(path))
     return module.eval(), str(path)
 
 
@@ -95,11 +94,11 @@ def parse_labels(text: str | None, num_classes: int, count: int) -> Tensor:
     return labels_in_turn(chosen, count)
 
 
-def draw(module: GenerativeModule, labels: Tensor, *, seed: int, batch_size: int) -> Tensor:
+def draw(module: GenerativeModule, labels: Tensor, *, seed: int, batch_size: int, compile: bool = False) -> Tensor:
     """uint8 images (N, 3, H, W) for labels (N,), on the host; bf16 on CUDA, float32 elsewhere."""
     cuda = module.device.type == "cuda"
     if cuda:
-        cast_linear_(module.net, torch.bfloat16)
+        module.prepare_sampling(compile=compile)
     batches = []
     for indices in track(torch.arange(len(labels)).split(batch_size), description="sampling"):
         generators = row_generators(seed, indices.tolist(), device=module.device)
@@ -124,7 +123,10 @@ def main() -> None:
     options, overrides = parse()
     module, source = load(options, overrides)
     labels = parse_labels(options.labels, module.num_classes, options.num)
-    images = draw(module.to(options.device), labels, seed=options.seed, batch_size=options.batch_size)
+    if options.compile and options.device == "cpu":
+        raise ValueError("--compile makes CUDA graphs, and the device is the cpu: leave it out")
+    module = module.to(options.device)
+    images = draw(module, labels, seed=options.seed, batch_size=options.batch_size, compile=options.compile)
     settings = {
         "experiment": options.exp,
         "weights": source,

@@ -4,6 +4,7 @@ A method writes `training_loss`, `sample_tokens`, `official_rules` and builds `s
 (B, 3, H, W) with int64 labels (B,), or `raw` rows of a cache. Out: losses, and float images (B, 3, H, W) in [-1, 1].
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -16,12 +17,13 @@ from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule, check_fit, to_official, to_ours
 from layers.embed import LabelEmbedder
+from layers.precision import cast_linear_
 from layers.random import Generators, mix_seed
 from layers.tokenizers.base import Tokenizer
 from layers.tokenizers.base import to_uint8 as to_uint8
 from lightning_modules.config import as_config, as_tokenizer, tokenizer_config
 from lightning_modules.optim import OptimConfig, adamw, learning_rate, param_groups
-from lightning_modules.weights import checkpoint_weights, read_official, read_torch
+from lightning_modules.weights import read_checkpoint, read_official, read_own
 
 Batch = dict[str, Any]
 
@@ -96,11 +98,12 @@ class GenerativeModule(L.LightningModule):
         `weights`: "ema" (first decay; raw weights where there is no EMA), "raw", or a decay such as "0.9999".
         Raises FileNotFoundError, or ValueError for a file that is damaged, of another method or without those weights.
         """
-        checkpoint = read_torch(path)
-        if "hyper_parameters" not in checkpoint:
-            raise ValueError(f"{path} is not a checkpoint of ours: load official files with from_official (OFFICIAL=)")
-        module = cls(**checkpoint["hyper_parameters"])
-        module.load_weights(checkpoint_weights(checkpoint, weights), origin=str(path))
+        arguments, state = read_checkpoint(path, weights)
+        try:
+            module = cls(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{path} is a checkpoint of another method than {cls.__name__} ({error})") from error
+        module.load_weights(state, origin=str(path))
         return module.to(device).eval()
 
     @classmethod
@@ -118,11 +121,17 @@ class GenerativeModule(L.LightningModule):
         return module.to(device).eval()
 
     def load_official(self, path: str | Path, *, key: str | None = None) -> None:
-        """Replace all weights by those of an official file; see `init_classes` for the class table."""
-        state = to_ours(read_official(path, key, keys=self.OFFICIAL_KEYS), self.official_rules())
+        """Replace all weights by those of an official file; see `init_classes` for the class table.
+
+        One of our own checkpoints serves too, so that a new run can start from it.
+        """
+        state = read_own(path, key)
+        if state is None:
+            state = to_ours(read_official(path, key, keys=self.OFFICIAL_KEYS), self.official_rules())
         if self.init_classes == "new":
             state = self._with_new_classes(state)
-        self.load_weights(state, origin=f"{path} (for another number of classes set init_classes: new)")
+        hint = "" if self.init_classes == "new" else " (for other classes set --model.init_args.init_classes=new)"
+        self.load_weights(state, origin=f"{path}{hint}")
 
     def load_weights(self, state: Mapping[str, Tensor], *, origin: str) -> None:
         """Strict load; one ValueError names what does not fit. Nothing is changed if it fails."""
@@ -138,7 +147,9 @@ class GenerativeModule(L.LightningModule):
         for prefix, module in self.named_modules():
             name = f"{prefix}.embedding_table.weight"
             if isinstance(module, LabelEmbedder) and name in state:
-                state[name] = torch.cat([module.embedding_table.weight.data[:-1].cpu(), state[name][-1:].cpu()])
+                fresh = module.embedding_table.weight.detach().cpu()
+                if state[name].shape[1:] == fresh.shape[1:]:  # else the strict load reports it with the rest
+                    state[name] = torch.cat([fresh[:-1], state[name][-1:]])
         return state
 
     # Training
@@ -164,37 +175,47 @@ class GenerativeModule(L.LightningModule):
         torch.manual_seed(self._seed("train", self.global_rank, batch_idx))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self._step("train", batch, batch_idx)
+        losses = self.training_loss(batch, self._step_generator("train", batch_idx))
+        values = {f"train/{name}": value.detach() for name, value in losses.items()}
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            # the mean over ranks, only when it is written: an all-reduce at every step would be paid for nothing
+            values = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
+        self.log_dict(values, batch_size=batch_rows(batch), prog_bar=True)
+        return losses["loss"]
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self._step("val", batch, batch_idx)
+    def on_validation_epoch_start(self) -> None:
+        self._val_sums: dict[str, Tensor] = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        rows = batch_rows(batch)
+        losses = self.training_loss(batch, self._step_generator("val", batch_idx))
+        for name, value in (losses | {"rows": torch.ones((), device=self.device)}).items():
+            self._val_sums[name] = self._val_sums.get(name, 0) + value.detach().float() * rows
+
+    def on_validation_epoch_end(self) -> None:
+        """Means over images, exact for uneven ranks, where Lightning's own truncate the number of rows."""
+        sums = sum_over_ranks({name: value.item() for name, value in self._val_sums.items()})
+        rows = sums.pop("rows", 0)
+        self.log_dict({f"val/{name}": value / rows for name, value in sums.items()}, prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """uint8 images (B, 3, H, W) for the batch's labels."""
         generator = self._step_generator("predict", batch_idx)
         return to_uint8(self.sample(batch["label"], generator=generator))
 
-    def _step(self, kind: str, batch: Batch, batch_idx: int) -> Tensor:
-        losses = self.training_loss(batch, self._step_generator(kind, batch_idx))
-        values = {f"{kind}/{name}": value.detach() for name, value in losses.items()}
-        training = kind == "train"
-        if training and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            # the mean over ranks, only when it is written: an all-reduce at every step would be paid for nothing
-            values = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
-        size = len(next(iter(batch.values())))
-        self.log_dict(
-            values, batch_size=size, sync_dist=not training, prog_bar=True, on_step=training, on_epoch=not training
-        )
-        return losses["loss"]
-
     def global_rows(self, draw: Callable[..., Tensor], batch: int, *shape: int, generator: Generator | None) -> Tensor:
         """This rank's rows of one draw for the global batch: (batch, *shape).
 
         The sampler deals rows in turn, so row j of rank r is row j*world + r: with the same generator on every rank,
-        the noise of an image does not depend on how many processes share the batch.
+        the noise of an image does not depend on how many processes share the batch. A last batch that is not full takes
+        the first rows of a full draw.
         """
-        world, rank = (self.trainer.world_size, self.global_rank) if self._trainer is not None else (1, 0)
-        return draw(batch * world, *shape, generator=generator, device=self.device)[rank::world]
+        trainer = self._trainer
+        if trainer is None:
+            return draw(batch, *shape, generator=generator, device=self.device)
+        world, full = trainer.world_size, getattr(trainer.datamodule, "batch_size", 0)
+        rows = max(batch * world, full // trainer.accumulate_grad_batches)
+        return draw(rows, *shape, generator=generator, device=self.device)[self.global_rank :: world][:batch]
 
     def _step_generator(self, kind: str, batch_idx: int) -> Generator:
         if self._generator is None or self._generator.device != self.device:
@@ -208,9 +229,10 @@ class GenerativeModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         config, trainer = self.optim, self.trainer
-        lr = config.peak_lr(trainer.datamodule.batch_size if trainer.datamodule else 256)
-        total = trainer.estimated_stepping_batches  # also sets up the loader that the next line counts
-        steps_per_epoch = max(1, trainer.num_training_batches // trainer.accumulate_grad_batches)
+        if not hasattr(trainer.datamodule, "steps_per_epoch"):
+            raise ValueError("training needs a data module of ours: schedules follow its batch size and epoch length")
+        lr = config.peak_lr(trainer.datamodule.batch_size)
+        total, steps_per_epoch = planned_steps(trainer)
         warmup = config.warmup(steps_per_epoch)
         groups = param_groups(self.named_parameters(), config.weight_decay, no_weight_decay=self.no_weight_decay)
 
@@ -244,9 +266,46 @@ class GenerativeModule(L.LightningModule):
         finally:
             self.train(was_training)
 
+    def prepare_sampling(self, *, compile: bool = False) -> None:
+        """Make this module a fast bf16 sampler, for good: linear weights are cast once. Call `sample` under autocast.
+
+        `compile` captures each evaluation as a CUDA graph: it pays from some hundred images on.
+        """
+        cast_linear_(self.net, torch.bfloat16)
+        if compile:
+            for module in self.compiled_modules():
+                module.compile(mode="reduce-overhead", dynamic=False)
+
     def _label_error(self, labels: Tensor) -> str:
         bad = labels[(labels < 0) | (labels >= self.num_classes)][0].item()
         return f"label {bad} is out of range: this model has classes 0..{self.num_classes - 1} (num_classes)"
+
+
+def planned_steps(trainer: L.Trainer) -> tuple[float, int]:
+    """Optimiser steps of the whole run (inf if nothing bounds it) and of one epoch, from the data module.
+
+    Not `trainer.estimated_stepping_batches`: it sets up the loader, and one that is set up before a checkpoint is
+    restored begins its epoch anew instead of going on within it.
+    """
+    steps_per_epoch = trainer.datamodule.steps_per_epoch()
+    epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+    steps = trainer.max_steps if trainer.max_steps != -1 else math.inf
+    return min(steps, epochs * steps_per_epoch), steps_per_epoch
+
+
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Sums by name; a rank may lack a name, or have none at all."""
+    ranks = [values]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = [{} for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(ranks, values)
+    names = dict.fromkeys(name for rank in ranks for name in rank)
+    return {name: sum(rank.get(name, 0.0) for rank in ranks) for name in names}
+
+
+def batch_rows(batch: Batch) -> int:
+    """Number of images in a batch."""
+    return len(next(iter(batch.values())))
 
 
 def _plain(value: Any) -> Any:

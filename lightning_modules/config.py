@@ -46,13 +46,23 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def as_tokenizer(value: Tokenizer | Mapping[str, Any]) -> Tokenizer:
-    """A tokenizer from itself or its config. Only classes below `layers.tokenizers` are imported."""
+    """A tokenizer from itself or its config. Only Tokenizer classes below `layers.tokenizers` are made.
+
+    Raises ValueError for any other class, or for arguments that the class does not take.
+    """
     if isinstance(value, Tokenizer):
         return value
     module, _, name = value["class_path"].rpartition(".")
-    if not module.startswith("layers.tokenizers."):
-        raise ValueError(f"tokenizer class '{value['class_path']}' is not in layers.tokenizers: not loaded")
-    return getattr(importlib.import_module(module), name)(**value["init_args"])
+    try:
+        cls = getattr(importlib.import_module(module), name) if module.startswith("layers.tokenizers.") else None
+    except (ImportError, AttributeError):
+        cls = None
+    if not (isinstance(cls, type) and issubclass(cls, Tokenizer)):
+        raise ValueError(f"'{value['class_path']}' is no tokenizer class in layers.tokenizers: not loaded")
+    try:
+        return cls(**value["init_args"])
+    except TypeError as error:
+        raise ValueError(f"tokenizer {name}: {error}") from error
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:

@@ -147,7 +147,10 @@ class JiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """x (B, L, D), t (B,) or (1,), labels (B,) with num_classes = none -> (B, L, D)."""
+        """x (B, L, D), t (B,) or (1,), labels (B,) with num_classes = none -> (B, L, D).
+
+        Under bf16 autocast the residual stream is bf16 up to the label tokens, float32 after, as in the official code.
+        """
         num_context, start = self.config.in_context_len, self.config.in_context_start
         y = self.y_embedder(labels)  # (B, E)
         c = self.t_embedder(t) + y  # (B, E)
@@ -156,7 +159,7 @@ class JiT(nn.Module):
         for i, block in enumerate(self.blocks):
             if num_context and i == start:
                 context = y.unsqueeze(1) + self.in_context_posemb  # (B, K, E)
-                x = torch.cat([context.to(x.dtype), x], dim=1)  # (B, K + L, E)
+                x = torch.cat([context, x], dim=1)  # (B, K + L, E), float32 from here on under autocast too
             offset = num_context if i < start else 0
             x = block(x, c, self.rope[:, offset:])
         return self.final_layer(x[:, num_context:], c)  # (B, L, D)

@@ -72,5 +72,5 @@ def param_groups(
 
 def adamw(groups: list[dict], config: OptimConfig, lr: float) -> torch.optim.AdamW:
     """Fused where the parameters lie on CUDA; the plain kernels elsewhere are the reference for bit-exact resume."""
-    fused = groups[1]["params"][0].is_cuda
+    fused = all(param.is_cuda for group in groups for param in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)

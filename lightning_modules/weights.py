@@ -1,6 +1,7 @@
 """Reading weights from files: our checkpoints, official checkpoints, safetensors. Nothing here unpickles code."""
 
 import argparse
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,12 +20,13 @@ def read_torch(path: str | Path) -> dict[str, Any]:
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
     """
     path = existing(path)
+    mapped = zipfile.is_zipfile(path)  # files in torch's format of before 2020 can only be read whole
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values, so it is not loaded") from error
-    except (RuntimeError, EOFError, OSError) as error:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        if "allowed global" in str(error):
+            raise ValueError(f"{path} holds more than tensors and plain values, so it is not loaded") from error
         raise ValueError(f"{path} is not a readable torch checkpoint (damaged or cut short?)") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of weights")
@@ -47,6 +49,8 @@ def read_official(path: str | Path, key: str | None, *, keys: Sequence[str]) -> 
     """
     path = existing(path)
     if path.suffix == ".safetensors":
+        if key is not None:
+            raise ValueError(f"{path} holds one set of weights, so '{key}' cannot be chosen in it: leave it out")
         try:
             return load_file(path)
         except SafetensorError as error:
@@ -55,16 +59,38 @@ def read_official(path: str | Path, key: str | None, *, keys: Sequence[str]) -> 
     if key is None and not any(k in content for k in keys):
         return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     key = key or keys[min(1, len(keys) - 1)]
-    if key not in content:
+    if not isinstance(content.get(key), Mapping):
         raise ValueError(
             f"{path} has no weights '{key}'; it has {', '.join(k for k in keys if k in content) or 'none'}"
         )
     return dict(content[key])
 
 
+def read_own(path: str | Path, key: str | None) -> dict[str, Tensor] | None:
+    """Weights of one of our checkpoints ("ema" by default, see `checkpoint_weights`); None for any other file."""
+    path = existing(path)
+    content = {} if path.suffix == ".safetensors" else read_torch(path)
+    return checkpoint_weights(content, key or "ema") if "state_dict" in content else None
+
+
+def read_checkpoint(path: str | Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Constructor arguments and chosen weights (see `checkpoint_weights`) of one of our checkpoints.
+
+    Raises ValueError for a file of another kind.
+    """
+    content = read_torch(path)
+    if "hyper_parameters" not in content or "state_dict" not in content:
+        raise ValueError(f"{path} is not a checkpoint of ours: official files are given with OFFICIAL= (from_official)")
+    return dict(content["hyper_parameters"]), checkpoint_weights(content, weights)
+
+
 def ema_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """State of the EMA callback inside one of our checkpoints: {"decays": [...], "shadows": [{name: tensor}, ...]}."""
-    return checkpoint.get("callbacks", {}).get("EMA")
+    """State of the EMA callback inside one of our checkpoints: {"decays": [...], "shadows": [{name: tensor}, ...]}.
+
+    None if the run kept no average.
+    """
+    state = checkpoint.get("callbacks", {}).get("EMA")
+    return state if state and state["decays"] else None
 
 
 def checkpoint_weights(checkpoint: Mapping[str, Any], weights: str) -> dict[str, Tensor]:

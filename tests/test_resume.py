@@ -82,6 +82,22 @@ def test_interrupted_run_saves_and_resumes_bit_for_bit(signum, step, where, unbr
         assert_same(result(), unbroken)
 
 
+def test_run_bounded_by_epochs_resumes_bit_for_bit(tmp_path):
+    """Its length and a warm-up in epochs come from the loader: asking must not set the loader up too early."""
+    epochs = ["--trainer.max_steps=-1", "--trainer.max_epochs=2", "--model.init_args.optim.warmup_epochs=1.5"]
+    epochs += ["--model.init_args.optim.warmup_steps=null", "--trainer.limit_train_batches=15"]
+    for folder in ("whole", "broken"):
+        Path(tmp_path / folder).mkdir()
+    with chdir(tmp_path / "whole"):
+        run(*epochs)
+        expected = result()
+    with chdir(tmp_path / "broken"):
+        with pytest.raises(SystemExit):
+            run(*epochs, option(18))
+        run(*epochs, "--ckpt", "last")
+        assert_same(result(), expected)
+
+
 def test_two_interrupts_in_one_run(unbroken, tmp_path):
     with chdir(tmp_path):
         for step in (5, 25):

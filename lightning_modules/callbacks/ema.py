@@ -19,7 +19,7 @@ STATE_KEY = "EMA"  # lightning_modules/weights.py finds the averages in a checkp
 class EMA(L.Callback):
     """Keeps one average per decay, swaps the first in for validation, test and predict, and stores all in checkpoints.
 
-    Trainable parameters only. Raises ValueError for a decay outside [0, 1).
+    Trainable parameters only; no decay, no average. Raises ValueError for a decay outside [0, 1).
     """
 
     def __init__(self, decays: Sequence[float] = (0.9999,)) -> None:
@@ -50,20 +50,27 @@ class EMA(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start(pl_module)
         self._last_step = trainer.global_step
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._warn_if_short(trainer.estimated_stepping_batches)
 
     def start(self, pl_module: L.LightningModule) -> None:
         """Averages from a restored checkpoint, else copies of the weights as they are.
 
-        Raises ValueError if the checkpoint did not keep one of the decays.
+        Raises ValueError if the checkpoint did not keep one of the decays, or if the weights are not float32.
         """
         params = {n: p.detach() for n, p in pl_module.named_parameters() if p.requires_grad}
+        for name, param in params.items():
+            if self.decays and param.dtype != torch.float32:
+                raise ValueError(
+                    f"EMA needs float32 weights and {name} is {param.dtype}: set --trainer.precision=bf16-mixed, "
+                    f"or --ema.decays=[] for no average"
+                )
         kept = dict(zip(self._restored["decays"], self._restored["shadows"], strict=True)) if self._restored else {}
         if missing := [decay for decay in self.decays if self._restored and decay not in kept]:
             raise ValueError(f"the checkpoint has no EMA of decay {missing[0]}, only {sorted(kept)}: set ema.decays so")
         self.shadows = [
-            {n: kept.get(decay, params)[n].to(p.device, torch.float32, copy=True) for n, p in params.items()}
-            for decay in self.decays
+            {n: kept.get(decay, params)[n].to(p.device, copy=True) for n, p in params.items()} for decay in self.decays
         ]
         self._restored = None
 

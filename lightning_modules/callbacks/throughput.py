@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_modules.base import GenerativeModule
+from lightning_modules.base import GenerativeModule, batch_rows
 
 # Dense bf16 peaks in FLOP/s from the makers' data sheets; the longest matching name wins.
 PEAK_FLOPS = {
@@ -51,7 +51,7 @@ class Throughput(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: GenerativeModule, batch: Any, batch_idx: int) -> None:
         if self._flops_per_image is None:
-            size = len(next(iter(batch.values())))
+            size = batch_rows(batch)
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 generator = torch.Generator(pl_module.device).manual_seed(0)
                 forward = count_flops(lambda: pl_module.training_loss(batch, generator))
@@ -60,7 +60,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GenerativeModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._images += len(next(iter(batch.values()))) * trainer.world_size
+        self._images += batch_rows(batch) * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps:
             return
         if pl_module.device.type == "cuda":
