@@ -8,36 +8,33 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Generator, Tensor, nn
 
-from layers.checkpoint import Rule, check_fit, to_official, to_ours
-from layers.embed import LabelEmbedder
 from layers.precision import cast_linear_
 from layers.random import Generators, mix_seed
 from layers.tokenizers.base import Tokenizer
 from layers.tokenizers.base import to_uint8 as to_uint8
 from lightning_modules.config import as_config, as_tokenizer, tokenizer_config
 from lightning_modules.optim import OptimConfig, adamw, learning_rate, param_groups
-from lightning_modules.weights import read_checkpoint, read_official, read_own
+from lightning_modules.pretrained import Pretrained
 
 Batch = dict[str, Any]
 
 
-class GenerativeModule(L.LightningModule):
+class GenerativeModule(Pretrained, L.LightningModule):
     """Base of every method. Arguments common to all:
 
     tokenizer: images <-> tokens.  num_classes: labels are 0..num_classes-1.  optim: optimiser and schedule.
     sampling: the method's sampler settings.  init_from: official file to start from (`init_key` picks the weights in
     it).  init_classes: "keep" the file's class table, or start a "new" one (its null row is kept).
-    compile: torch.compile the network, in place.
+    compile: torch.compile the network on CUDA, in place; elsewhere it runs eagerly, and says so.
     """
 
-    OFFICIAL_KEYS: ClassVar[tuple[str, ...]] = ("model", "model_ema")  # raw weights first, then EMAs
     net: nn.Module
 
     def __init__(
@@ -73,10 +70,6 @@ class GenerativeModule(L.LightningModule):
         """int64 labels (B,) -> tokens (B, L, D)."""
         raise NotImplementedError
 
-    def official_rules(self) -> list[Rule]:
-        """Official parameter names <-> ours."""
-        raise NotImplementedError
-
     def no_weight_decay(self, name: str, param: nn.Parameter) -> bool:
         """Parameters without weight decay besides 1-D ones and biases."""
         return False
@@ -85,72 +78,9 @@ class GenerativeModule(L.LightningModule):
         """What `compile: true` compiles."""
         return [self.net]
 
-    # Arguments and weights
-
     def save_arguments(self, **arguments: Any) -> None:
         """Store constructor arguments as plain values, so that checkpoints load with weights_only=True."""
         self.save_hyperparameters({name: _plain(value) for name, value in arguments.items()})
-
-    @classmethod
-    def load_from_checkpoint(cls, path: str | Path, *, weights: str = "ema", device: str = "cpu") -> Self:
-        """A module from one of our checkpoints, in eval mode.
-
-        `weights`: "ema" (first decay; raw weights where there is no EMA), "raw", or a decay such as "0.9999".
-        Raises FileNotFoundError, or ValueError for a file that is damaged, of another method or without those weights.
-        """
-        arguments, state = read_checkpoint(path, weights)
-        try:
-            module = cls(**arguments)
-        except TypeError as error:
-            raise ValueError(f"{path} is a checkpoint of another method than {cls.__name__} ({error})") from error
-        module.load_weights(state, origin=str(path))
-        return module.to(device).eval()
-
-    @classmethod
-    def from_official(cls, experiment: str, path: str | Path, *, key: str | None = None, device: str = "cpu") -> Self:
-        """The model of a recipe ("jit_b16") with the weights of an official file, in eval mode.
-
-        `key` picks the weights in the file; by default its first EMA, which is what the papers evaluate.
-        """
-        from experiments.load import load_module  # the recipes are data of this package; only this line reads them here
-
-        module = load_module(experiment)
-        if not isinstance(module, cls):
-            raise ValueError(f"experiment '{experiment}' is a {type(module).__name__}, not a {cls.__name__}")
-        module.load_official(path, key=key)
-        return module.to(device).eval()
-
-    def load_official(self, path: str | Path, *, key: str | None = None) -> None:
-        """Replace all weights by those of an official file; see `init_classes` for the class table.
-
-        One of our own checkpoints serves too, so that a new run can start from it.
-        """
-        state = read_own(path, key)
-        if state is None:
-            state = to_ours(read_official(path, key, keys=self.OFFICIAL_KEYS), self.official_rules())
-        if self.init_classes == "new":
-            state = self._with_new_classes(state)
-        hint = "" if self.init_classes == "new" else " (for other classes set --model.init_args.init_classes=new)"
-        self.load_weights(state, origin=f"{path}{hint}")
-
-    def load_weights(self, state: Mapping[str, Tensor], *, origin: str) -> None:
-        """Strict load; one ValueError names what does not fit. Nothing is changed if it fails."""
-        check_fit(state, self.state_dict(), origin=origin)
-        self.load_state_dict(state)
-
-    def official_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """This module's weights (or `state`, of the same names) under official names and layouts."""
-        return to_official(self.state_dict() if state is None else state, self.official_rules())
-
-    def _with_new_classes(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fresh rows for our classes; the file's last row, 'no label', stays: guidance keeps its other branch."""
-        for prefix, module in self.named_modules():
-            name = f"{prefix}.embedding_table.weight"
-            if isinstance(module, LabelEmbedder) and name in state:
-                fresh = module.embedding_table.weight.detach().cpu()
-                if state[name].shape[1:] == fresh.shape[1:]:  # else the strict load reports it with the rest
-                    state[name] = torch.cat([fresh[:-1], state[name][-1:]])
-        return state
 
     # Training
 
@@ -159,7 +89,9 @@ class GenerativeModule(L.LightningModule):
             self.load_official(self.init_from, key=self.init_key)
 
     def on_fit_start(self) -> None:
-        if self.compile_enabled:
+        if self.compile_enabled and self.device.type != "cuda":
+            rank_zero_info(f"compile: true acts on CUDA only, {self.device.type} runs eagerly")
+        elif self.compile_enabled:
             for module in self.compiled_modules():
                 module.compile(dynamic=False)  # in place: parameter names stay
 
@@ -177,7 +109,7 @@ class GenerativeModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.training_loss(batch, self._step_generator("train", batch_idx))
         values = {f"train/{name}": value.detach() for name, value in losses.items()}
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if self._logs_this_step():
             # the mean over ranks, only when it is written: an all-reduce at every step would be paid for nothing
             values = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
         self.log_dict(values, batch_size=batch_rows(batch), prog_bar=True)
@@ -226,6 +158,16 @@ class GenerativeModule(L.LightningModule):
         # validation draws the same noise at every epoch, so that its losses compare
         epoch = self.current_epoch if kind == "train" else 0
         return mix_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)), sum(kind.encode()), rank, epoch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm and the learning rate, where the logger writes."""
+        if self._logs_this_step():
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            norm = torch.stack(torch._foreach_norm(grads)).norm()
+            self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[-1]["lr"]})
+
+    def _logs_this_step(self) -> bool:
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         config, trainer = self.optim, self.trainer

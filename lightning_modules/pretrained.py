@@ -1,0 +1,84 @@
+"""Weights from files for a GenerativeModule: our checkpoints, official checkpoints, and the official layout back."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from layers.checkpoint import Rule, check_fit, to_official, to_ours
+from layers.embed import LabelEmbedder
+from lightning_modules.weights import read_checkpoint, read_official, read_own
+
+
+class Pretrained(nn.Module):
+    """Loading and exporting. A method states `official_rules` and `OFFICIAL_KEYS`; `init_classes` is the module's."""
+
+    OFFICIAL_KEYS: ClassVar[tuple[str, ...]] = ("model", "model_ema")  # sets in an official file: raw first, then EMAs
+    init_classes: Literal["keep", "new"]
+
+    def official_rules(self) -> list[Rule]:
+        """Official parameter names <-> ours."""
+        raise NotImplementedError
+
+    @classmethod
+    def load_from_checkpoint(cls, path: str | Path, *, weights: str = "ema", device: str = "cpu") -> Self:
+        """A module from one of our checkpoints, in eval mode.
+
+        `weights`: "ema" (first decay; raw weights where there is no EMA), "raw", or a decay such as "0.9999".
+        Raises FileNotFoundError, or ValueError for a file that is damaged, of another method or without those weights.
+        """
+        arguments, state = read_checkpoint(path, weights)
+        try:
+            module = cls(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{path} is a checkpoint of another method than {cls.__name__} ({error})") from error
+        module.load_weights(state, origin=str(path))
+        return module.to(device).eval()
+
+    @classmethod
+    def from_official(cls, experiment: str, path: str | Path, *, key: str | None = None, device: str = "cpu") -> Self:
+        """The model of a recipe ("jit_b16") with the weights of an official file, in eval mode.
+
+        `key` picks the weights in the file; by default its first EMA, which is what the papers evaluate.
+        """
+        from experiments.load import load_module  # the recipes are data of this package; only this line reads them here
+
+        module = load_module(experiment)
+        if not isinstance(module, cls):
+            raise ValueError(f"experiment '{experiment}' is a {type(module).__name__}, not a {cls.__name__}")
+        module.load_official(path, key=key)
+        return module.to(device).eval()
+
+    def load_official(self, path: str | Path, *, key: str | None = None) -> None:
+        """Replace all weights by those of an official file; see `init_classes` for the class table.
+
+        One of our own checkpoints serves too, so that a new run can start from it.
+        """
+        state = read_own(path, key)
+        if state is None:
+            state = to_ours(read_official(path, key, keys=self.OFFICIAL_KEYS), self.official_rules())
+        if self.init_classes == "new":
+            state = self._with_new_classes(state)
+        hint = "" if self.init_classes == "new" else " (for other classes set --model.init_args.init_classes=new)"
+        self.load_weights(state, origin=f"{path}{hint}")
+
+    def load_weights(self, state: Mapping[str, Tensor], *, origin: str) -> None:
+        """Strict load; one ValueError names what does not fit. Nothing is changed if it fails."""
+        check_fit(state, self.state_dict(), origin=origin)
+        self.load_state_dict(state)
+
+    def official_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """This module's weights (or `state`, of the same names) under official names and layouts."""
+        return to_official(self.state_dict() if state is None else state, self.official_rules())
+
+    def _with_new_classes(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fresh rows for our classes; the file's last row, 'no label', stays: guidance keeps its other branch."""
+        for prefix, module in self.named_modules():
+            name = f"{prefix}.embedding_table.weight"
+            if isinstance(module, LabelEmbedder) and name in state:
+                fresh = module.embedding_table.weight.detach().cpu()
+                if state[name].shape[1:] == fresh.shape[1:]:  # else the strict load reports it with the rest
+                    state[name] = torch.cat([fresh[:-1], state[name][-1:]])
+        return state
