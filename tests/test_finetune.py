@@ -1,4 +1,4 @@
-"""OFFICIAL=: a run starts from an official file, with its class table or a new one, and the file's averages are used."""
+"""OFFICIAL=: a run starts from an official file, with its class table or a new one; its first average by default."""
 
 from contextlib import chdir
 from pathlib import Path
@@ -12,7 +12,8 @@ from lightning_modules.weights import read_torch
 FILE = Path(__file__).parent / "golden" / "jit" / "ckpt" / "checkpoint-last.pth"  # width 32, three blocks, five classes
 SIZES = [
     "--model.init_args.tokenizer.init_args.patch_size=8",
-    "--model.init_args.net={width: 32, depth: 3, num_heads: 2, bottleneck_dim: 8, in_context_len: 2, in_context_start: 1}",
+    "--model.init_args.net={width: 32, depth: 3, num_heads: 2, bottleneck_dim: 8}",
+    "--model.init_args.net={in_context_len: 2, in_context_start: 1}",
     "--model.init_args.sampling.num_steps=2",
     "--samples.num_images=2",
     "--trainer.max_steps=1",
