@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for package in PACKAGES for pat
 PROJECT = {*PACKAGES, "tests", "benchmarks"}
 
 # lightning_modules that every method and callback may use; any other file beside them is a method
-SHARED = {"base", "config", "metrics", "optim", "paths", "pictures", "weights"}
+SHARED = {"base", "config", "metrics", "optim", "paths", "pictures", "pretrained", "weights"}
 # inside layers: a tier imports itself and the tiers before it
 TIERS = {"blocks": 1, "heads": 1, "flows": 1, "tokenizers": 2}  # every other file is a leaf, 0
 ISOLATED = {"samplers", "guidance", "diffusion"}  # neither import a layer nor are imported by one

@@ -14,6 +14,7 @@ from tests.methods.test_jit import module_from
 # parameters with the fixed position table, multiply-accumulates of one forward in 1e9: counted on the official module
 SIZES = {
     "jit": (131_320_320, 25.2),
+    "jit_b16": (131_320_320, 25.2),
     "jit_b32": (133_387_008, 25.8),
     "jit_l16": (459_139_808, 87.9),
     "jit_l32": (461_796_320, 88.6),
