@@ -53,16 +53,16 @@ setup: $(READY)  ## make .venv with the tested versions (every other target does
 	@touch $@
 
 train: $(READY)  ## train EXP, e.g. make train EXP=jit_digits; CKPT= resumes, OFFICIAL= fine-tunes
-	$(need_exp)@$(PY) -m experiments.main fit --exp "$(EXP)" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(ARGS)
+	$(need_exp)@$(PY) -m experiments.main fit --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(ARGS)
 
 sample: $(READY)  ## draw NUM images of EXP from CKPT or OFFICIAL into OUT: LABELS=0,1,2 NUM=64 SEED=0 OUT=out/
-	$(need_exp)@$(PY) -m experiments.sample --exp "$(EXP)" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA)) $(call opt,labels,$(LABELS)) --num "$(NUM)" --seed "$(SEED)" --out "$(OUT)" $(ARGS)
+	$(need_exp)@$(PY) -m experiments.sample --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA)) $(call opt,labels,$(LABELS)) --num "$(NUM)" --seed "$(SEED)" --out "$(OUT)" $(ARGS)
 
 export: $(READY)  ## write EXP's CKPT in the official layout (OUT=x.pth, all weights) or as safetensors (OUT=x.safetensors, EMA=)
-	$(need_exp)@$(PY) -m experiments.export --exp "$(EXP)" $(call opt,ckpt,$(CKPT)) $(call opt,ema,$(EMA)) --out "$(OUT)" $(ARGS)
+	$(need_exp)@$(PY) -m experiments.export --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,ema,$(EMA)) --out "$(OUT)" $(ARGS)
 
 smoke: $(READY)  ## EXP shrunken, on synthetic data and CPU: train, resume, sample in seconds
-	$(need_exp)@$(PY) -m tests.smoke "$(EXP)"
+	$(need_exp)@$(PY) -m tests.smoke "$(strip $(EXP))"
 
 test: $(READY)  ## the test suite, a few minutes on 2 cores; GOLDEN_DIR= points it at other golden cases
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
@@ -78,7 +78,7 @@ lint: $(READY)  ## ruff: style and formatting
 	@$(PY) -m ruff format --check .
 
 bench: $(READY)  ## time EXP's training step and sampler against the plain reference path
-	$(need_exp)@$(PY) -m benchmarks.bench --exp "$(EXP)" $(ARGS)
+	$(need_exp)@$(PY) -m benchmarks.bench --exp "$(strip $(EXP))" $(ARGS)
 
 tensorboard: $(READY)  ## watch the runs on port 6006
 	@$(PY) -m tensorboard.main --logdir runs

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 try:
     from jsonargparse import ArgumentError
 except ImportError:  # only the command line for training needs it
@@ -22,7 +24,7 @@ def one_line_errors(main: Callable[[], Any]) -> Callable[[], Any]:
     def wrapped() -> Any:
         try:
             return main()
-        except (ValueError, FileNotFoundError, ArgumentError) as error:
+        except (ValueError, OSError, ArgumentError, MisconfigurationException) as error:
             if os.environ.get("DEBUG"):
                 raise
             print(f"error: {describe(error)}", file=sys.stderr)
@@ -36,7 +38,8 @@ def one_line_errors(main: Callable[[], Any]) -> Callable[[], Any]:
 
 def describe(error: Exception) -> str:
     """The message in one line, without the command line parser's account of every type that it tried."""
-    text = " ".join(str(error).split())
+    text = re.sub(r"(?s)^Caught \w+ in DataLoader worker .*\n\w*(?:Error|Exception): ", "", str(error))
+    text = " ".join(text.split())
     text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*", "", text)
     text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", text)
     text = re.sub(r"Problem with given class_path '[^']*': ", "", text)

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class CLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         # an abbreviated key would be taken for the one that it begins, where a mistyped one should be an error
         return super().init_parser(exit_on_error=False, allow_abbrev=False, **kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Training, and the validation loss of a checkpoint; sampling is experiments/sample.py."""
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, callback in CALLBACKS.items():
@@ -97,7 +103,7 @@ def _null_inside(word: str) -> str:
 
 def _overlays(argv: Sequence[str]) -> list[Path]:
     """Files that the line itself adds: --config=FILE or --config FILE."""
-    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    pairs = pairwise([*argv, ""])
     paths = [
         Path(word.partition("=")[2] or following) for word, following in pairs if word.partition("=")[0] == "--config"
     ]

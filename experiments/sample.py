@@ -121,6 +121,10 @@ def write(images: Tensor, labels: Tensor, settings: dict[str, Any], out: Path) -
 @one_line_errors
 def main() -> None:
     options, overrides = parse()
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"OUT is '{options.out}', which is a file: give a folder")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch_size is {options.batch_size}: give the images to draw at once")
     module, source = load(options, overrides)
     labels = parse_labels(options.labels, module.num_classes, options.num)
     if options.compile and options.device == "cpu":

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Generator, Tensor, nn
 
+from layers.checkpoint import check_fit
 from layers.precision import cast_linear_
 from layers.random import Generators, mix_seed
 from layers.tokenizers.base import Tokenizer
@@ -84,7 +85,18 @@ class GenerativeModule(Pretrained, L.LightningModule):
 
     # Training
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A resumed run must have the sizes that the checkpoint was trained with."""
+        check_fit(
+            checkpoint["state_dict"], self.state_dict(), origin=f"the checkpoint {self.trainer.ckpt_path} (CKPT=)"
+        )
+
     def setup(self, stage: str) -> None:
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"--trainer.precision={self.trainer.precision} would round small updates away: use bf16-mixed, "
+                f"which keeps weights and averages in float32"
+            )
         if stage == "fit" and self.init_from and self.trainer.ckpt_path is None:
             self.load_official(self.init_from, key=self.init_key)
 
@@ -167,7 +179,8 @@ class GenerativeModule(Pretrained, L.LightningModule):
             self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[-1]["lr"]})
 
     def _logs_this_step(self) -> bool:
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        every = self.trainer.log_every_n_steps  # 0 switches logging off
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         config, trainer = self.optim, self.trainer

@@ -63,6 +63,12 @@ class JiTObjective:
     t_eps: float = 0.05  # smallest divisor, in training and in sampling
     label_drop_prob: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.t_eps <= 0:
+            raise ValueError(f"objective.t_eps is {self.t_eps}: it must be positive, or a division by zero follows")
+        if not 0 <= self.label_drop_prob <= 1:
+            raise ValueError(f"objective.label_drop_prob is {self.label_drop_prob}: a probability is in 0..1")
+
 
 @dataclass
 class JiTSampling:
@@ -72,6 +78,13 @@ class JiTSampling:
     num_steps: int = 50
     cfg_scale: float = 1.0  # off at 1
     cfg_interval: tuple[float, float] = (0.1, 1.0)  # guidance acts strictly inside
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"sampling.num_steps is {self.num_steps}: sampling needs at least one step")
+        low, high = self.cfg_interval
+        if not 0 <= low < high:
+            raise ValueError(f"sampling.cfg_interval is ({low}, {high}): the lower end must be below the upper one")
 
 
 class BottleneckEmbed(nn.Module):

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+EMA_STATE = "EMA"  # key of the EMA callback's state in a checkpoint
+
 
 def read_torch(path: str | Path) -> dict[str, Any]:
     """A torch file as tensors and plain values, memory-mapped.
@@ -89,7 +91,7 @@ def ema_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
     None if the run kept no average.
     """
-    state = checkpoint.get("callbacks", {}).get("EMA")
+    state = checkpoint.get("callbacks", {}).get(EMA_STATE)
     return state if state and state["decays"] else None
 
 

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from experiments import export, main, sample
 from tests.smoke import call, shrunken
 
 ROOT = Path(__file__).parents[1]
 FIT = ["fit", "--exp", "jit_digits"]
+FOLDER = [
+    "--data=datamodules.images.ImageData",
+    "--data.init_args={source: damaged, image_size: 16, batch_size: 2, num_workers: 1}",
+    "--data.init_args.val_split=null",
+]
 TRAIN_MISTAKES = [
     (["fit", "--exp", "jit_digit"], ["unknown experiment 'jit_digit'", "did you mean jit_digits"]),
     ([*FIT, "--ckpt", "nowhere.ckpt"], ["no checkpoint at 'nowhere.ckpt'", "'last'"]),
@@ -34,6 +40,13 @@ TRAIN_MISTAKES = [
     ([*FIT, "--data.init_args.image_size=20"], ["image_size=20", "multiple of 8"]),
     ([*FIT, "--model.init_args.tokenizer.init_args.image_size=18"], ["18", "not divisible by patch_size 4"]),
     ([*FIT, "--data.init_args.image_size=32"], ["images are 32x32", "expects 16", "--data.init_args.image_size"]),
+    ([*FIT, "--ckpt", "trained.ckpt"], ["trained.ckpt", "does not fit", "of another shape", "CKPT="]),
+    ([*FIT, "--trainer.precision=bf16-true"], ["--trainer.precision=bf16-true", "bf16-mixed"]),
+    ([*FIT, "--trainer.accelerator=gpu"], ["gpu"] if not torch.cuda.is_available() else [""]),
+    ([*FIT, "--model.init_args.sampling.num_steps=0"], ["num_steps is 0"]),
+    ([*FIT, "--model.init_args.objective.t_eps=0"], ["t_eps is 0"]),
+    (["test", "--exp", "jit_digits"], ["test", "fit", "validate"]),
+    ([*FIT, *FOLDER], ["damaged/bad.png", "no readable image"]),
     ([*FIT, "--model.init_args.num_classes=5"], ["out of range", "0..4", "num_classes"]),
     ([*FIT, "--model.init_args.optim.lr=1e30"], ["not finite", "step", "--model.init_args.optim.lr"]),
     ([*FIT, "--data=datamodules.images.ImageData", "--data.init_args.source=/no/folder"], ["/no/folder"]),
@@ -74,6 +87,9 @@ def folder(tmp_path_factory):
         find_checkpoint("jit_digits", "last").rename("trained.ckpt")
         weights = {"net.pos_embed": torch.zeros(1, 4, 8)}
         torch.save({"model": weights, "model_ema1": weights}, "other.pth")
+        Path("damaged").mkdir()
+        Image.new("RGB", (20, 20)).save("damaged/good.png")
+        Path("damaged/bad.png").write_bytes(b"no picture")
         Path("torn.pth").write_bytes(Path("other.pth").read_bytes()[:300])
         for leftover in sorted(Path("runs").rglob("*"), reverse=True):
             leftover.rmdir() if leftover.is_dir() else leftover.unlink()
@@ -99,10 +115,10 @@ def assert_names(text: str, parts: list[str]) -> None:
 @pytest.mark.parametrize(("line", "parts"), TRAIN_MISTAKES, ids=lambda value: " ".join(value)[:60])
 def test_training_mistake(line, parts, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("other.pth", "torn.pth"):
+    for name in ("other.pth", "torn.pth", "trained.ckpt", "damaged"):
         Path(name).symlink_to(folder / name)
     assert_names(error_of(main.main, line, capsys), parts)
-    assert not list(tmp_path.rglob("*.ckpt")), "nothing may be trained after a mistake"
+    assert not list(tmp_path.glob("runs/**/*.ckpt")), "nothing may be trained after a mistake"
 
 
 @pytest.mark.parametrize(("line", "parts"), SAMPLE_MISTAKES, ids=lambda value: " ".join(value)[:60])
@@ -110,6 +126,12 @@ def test_sampling_mistake(line, parts, folder, capsys):
     with chdir(folder):
         assert_names(error_of(sample.main, [*line, "--out", "made"], capsys), parts)
         assert not Path("made").exists()
+
+
+def test_samples_are_not_drawn_for_an_output_that_is_a_file(folder, capsys):
+    with chdir(folder):
+        line = ["--exp", "jit_digits", "--ckpt", "trained.ckpt", "--out", "trained.ckpt"]
+        assert_names(error_of(sample.main, line, capsys), ["trained.ckpt", "a file: give a folder"])
 
 
 def test_export_to_an_unknown_kind_of_file(folder, capsys):

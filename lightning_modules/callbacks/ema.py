@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-STATE_KEY = "EMA"  # lightning_modules/weights.py finds the averages in a checkpoint under this name
+from lightning_modules.weights import EMA_STATE
 
 
 class EMA(L.Callback):
@@ -34,7 +34,7 @@ class EMA(L.Callback):
 
     @property
     def state_key(self) -> str:
-        return STATE_KEY
+        return EMA_STATE
 
     @property
     def names(self) -> list[str]:
@@ -63,8 +63,7 @@ class EMA(L.Callback):
         for name, param in params.items():
             if self.decays and param.dtype != torch.float32:
                 raise ValueError(
-                    f"EMA needs float32 weights and {name} is {param.dtype}: set --trainer.precision=bf16-mixed, "
-                    f"or --ema.decays=[] for no average"
+                    f"EMA needs float32 weights and {name} is {param.dtype}: set --trainer.precision=bf16-mixed"
                 )
         kept = dict(zip(self._restored["decays"], self._restored["shadows"], strict=True)) if self._restored else {}
         if missing := [decay for decay in self.decays if self._restored and decay not in kept]:

@@ -40,7 +40,8 @@ class Guard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._finite &= torch.isfinite(outputs["loss"]).all()
-        due = pl_module.device.type != "cuda" or trainer.global_step % trainer.log_every_n_steps == 0
+        every = trainer.log_every_n_steps or 50  # 0 switches logging off, not this
+        due = pl_module.device.type != "cuda" or trainer.global_step % every == 0
         if due:
             self._check_finite(trainer, pl_module)
         stepped = trainer.global_step != self._last_step  # a save between accumulated batches would lose gradients

@@ -24,7 +24,7 @@ class StepProgressBar(RichProgressBar):
         self.on_train_epoch_start(trainer, pl_module)  # a run resumed within an epoch does not start one
         if self.is_enabled:
             self.progress.update(self.train_progress_bar_id, completed=trainer.global_step)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             self._update_metrics(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,9 +1,11 @@
 """What a run says of itself: a line at the start, plain lines where no progress bar shows, a table at the end."""
 
+import math
 import time
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -20,27 +22,34 @@ class Report(L.Callback):
     def __init__(self, experiment: str = "") -> None:
         self.experiment = experiment
         self._start = 0.0
+        self._reported = -1
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start = time.perf_counter()
+        self._reported = trainer.global_step
         if trainer.is_global_zero:
             size = sum(p.numel() for p in pl_module.parameters()) / 1e6
             print(
                 f"{self.experiment or type(pl_module).__name__}: {size:.2f} M parameters, "
-                f"steps {trainer.global_step} to {int(trainer.estimated_stepping_batches)}, "
+                f"steps {trainer.global_step} to {_total(trainer) or 'no set end'}, "
                 f"{trainer.world_size} x {pl_module.device.type}, {trainer.precision}, in {shown(run_folder(trainer))}",
                 flush=True,
             )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Without a terminal there is no bar: a line at every tenth of the run instead."""
-        total = int(trainer.estimated_stepping_batches)
-        due = trainer.global_step % max(1, total // 10) == 0
+        step, total = trainer.global_step, _total(trainer)
+        due = step % max(1, (total or 10_000) // 10) == 0 and step != self._reported
         if due and trainer.is_global_zero and not Console().is_terminal:
-            print(f"step {trainer.global_step}/{total}  loss {_metric(trainer, 'train/loss')}", flush=True)
+            self._reported = step
+            print(f"step {step}{f'/{total}' if total else ''}  loss {_metric(trainer, 'train/loss')}", flush=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
+            if self._reported < 0:
+                print(f"nothing left to train at step {trainer.global_step}: raise --trainer.max_steps or max_epochs")
             Console().print(self._table(trainer))
 
     def _table(self, trainer: L.Trainer) -> Table:
@@ -60,12 +69,18 @@ class Report(L.Callback):
             "loss": _metric(trainer, "train/loss"),
             "val loss": _metric(trainer, "val/loss"),
             "draw more": self.experiment and f"make sample EXP={self.experiment} CKPT=last NUM=64 OUT=out/",
-            "curves": "make tensorboard",
+            "curves": isinstance(trainer.logger, TensorBoardLogger) and "make tensorboard",
         }
         for name, value in rows.items():
             if value:
                 table.add_row(name, value)
         return table
+
+
+def _total(trainer: L.Trainer) -> int | None:
+    """Optimiser steps of the whole run, None if nothing bounds them."""
+    total = trainer.estimated_stepping_batches
+    return int(total) if math.isfinite(total) and total > 0 else None
 
 
 def _metric(trainer: L.Trainer, name: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_modules.base import GenerativeModule, to_uint8
@@ -54,7 +55,7 @@ class SampleGrid(L.Callback):
             with ema.weights(pl_module, name) if ema else torch.no_grad(), trainer.precision_plugin.forward_context():
                 images = to_uint8(self._sample(pl_module))
             grids.append(make_grid(images, columns=self.columns))
-            if hasattr(trainer.logger, "log_dir"):
+            if isinstance(trainer.logger, TensorBoardLogger):
                 trainer.logger.experiment.add_image(f"samples/{name}", grids[-1], trainer.global_step)
         size = pl_module.tokenizer.image_size
         self.last_picture = run_folder(trainer) / "samples" / f"step={trainer.global_step:07d}_{'_'.join(names)}.png"

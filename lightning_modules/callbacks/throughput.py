@@ -46,6 +46,7 @@ class Throughput(L.Callback):
     def __init__(self) -> None:
         self.images_per_s: float | None = None
         self._images = 0
+        self._measured_at = -1
         self._since: float | None = None
         self._flops_per_image: float | None = None
 
@@ -61,8 +62,10 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: GenerativeModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._images += batch_rows(batch) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps:
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        if not every or step % every or step == self._measured_at:
             return
+        self._measured_at = step
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()

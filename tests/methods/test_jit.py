@@ -98,9 +98,13 @@ def close(actual: Tensor, expected: Tensor, *, atol: float = 0.0, rtol: float = 
     torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, check_dtype=False)
 
 
-def golden(pattern: str):
-    """Parametrise over the files that match: kinds that are absent are simply not collected."""
-    return pytest.mark.parametrize("path", golden_paths(METHOD, pattern), ids=case_id)
+def golden(pattern: str, *, needs: str = ""):
+    """Parametrise over the files that match: kinds that are absent are simply not collected.
+
+    `needs` is the sibling that holds a kind's inputs; without it the kind cannot be read, and is not collected either.
+    """
+    paths = [path for path in golden_paths(METHOD, pattern) if not needs or list(path.parent.glob(needs))]
+    return pytest.mark.parametrize("path", paths, ids=case_id)
 
 
 @golden("*/forward.safetensors")
@@ -115,7 +119,7 @@ def test_golden_forward(path):
         close(out.double(), g["out_f64"], atol=1e-5)
 
 
-@golden("*/forward_bf16.safetensors")
+@golden("*/forward_bf16.safetensors", needs="forward.safetensors")
 def test_golden_forward_bf16(path):
     config, module = model_case(path)
     with Golden(path) as g, Golden(path.parent / "forward.safetensors", partial=True) as f, torch.no_grad():
@@ -171,7 +175,7 @@ def record(module: JiTModule, call) -> dict[str, Tensor]:
     return seen
 
 
-@golden("*/intermediates.safetensors")
+@golden("*/intermediates.safetensors", needs="forward.safetensors")
 def test_golden_intermediates(path):
     config, module = model_case(path)
     chosen = slice(1, 3)  # batch elements of forward.safetensors that the file describes
@@ -223,7 +227,7 @@ def gradients(module: JiTModule, x: Tensor, labels: Tensor, t: Tensor, noise: Te
     return to_official({n: p.grad for n, p in module.named_parameters() if p.requires_grad}, module.official_rules())
 
 
-@golden("*/train_grads.safetensors")
+@golden("*/train_grads.safetensors", needs="train_loss.safetensors")
 def test_golden_train_grads(path):
     config, module = model_case(path)
     with Golden(path.parent / "train_loss.safetensors", partial=True) as draws:
@@ -236,7 +240,7 @@ def test_golden_train_grads(path):
             close(actual.flatten()[: g[name].numel()] if kind == "gradhead" else actual, g[name], atol=5e-5)
 
 
-@golden("*/loss_grid.safetensors")
+@golden("*/loss_grid.safetensors", needs="train_loss.safetensors")
 def test_golden_loss_grid(path):
     config = sibling_config(path)
     with Golden(path.parent / "train_loss.safetensors", partial=True) as draws, Golden(path) as g:
@@ -292,7 +296,7 @@ def test_golden_checkpoint_has_all_weights(path):
             assert torch.equal(exported[name], tensor), name
 
 
-@golden("*/train_steps.safetensors")
+@golden("*/train_steps.safetensors", needs="*.pth")
 def test_golden_train_steps(path):
     """The official optimiser steps replayed: losses, rates, weights, both averages and the optimiser's moments."""
     config = sibling_config(path)
