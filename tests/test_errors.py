@@ -42,7 +42,7 @@ TRAIN_MISTAKES = [
     ([*FIT, "--data.init_args.image_size=32"], ["images are 32x32", "expects 16", "--data.init_args.image_size"]),
     ([*FIT, "--ckpt", "trained.ckpt"], ["trained.ckpt", "does not fit", "of another shape", "CKPT="]),
     ([*FIT, "--trainer.precision=bf16-true"], ["--trainer.precision=bf16-true", "bf16-mixed"]),
-    ([*FIT, "--trainer.accelerator=gpu"], ["gpu"] if not torch.cuda.is_available() else [""]),
+    ([*FIT, "--trainer.devices=0"], ["devices='0'"]),
     ([*FIT, "--model.init_args.sampling.num_steps=0"], ["num_steps is 0"]),
     ([*FIT, "--model.init_args.objective.t_eps=0"], ["t_eps is 0"]),
     (["test", "--exp", "jit_digits"], ["test", "fit", "validate"]),

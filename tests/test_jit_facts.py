@@ -9,6 +9,7 @@ from experiments import recipes
 from experiments.load import load_module
 from lightning_modules.callbacks.throughput import count_flops
 from lightning_modules.jit import JiTModule, JiTSampling
+from tests.lightning_modules.test_init_from import CONFIG
 from tests.methods.test_jit import module_from
 
 # parameters with the fixed position table, multiply-accumulates of one forward in 1e9: counted on the official module
@@ -32,17 +33,7 @@ DROPOUT = {
     "jit_g16": (range(10, 30), 0.2),
     "jit_g32": (range(10, 30), 0.2),
 }
-TINY = {
-    "hidden_size": 32,
-    "depth": 4,
-    "num_heads": 2,
-    "bottleneck_dim": 8,
-    "in_context_len": 2,
-    "in_context_start": 1,
-    "img_size": 16,
-    "patch_size": 8,
-    "num_classes": 5,
-}
+TINY = {**CONFIG, "depth": 4}
 
 
 def tiny(*, fresh: bool = False, **changes) -> JiTModule:

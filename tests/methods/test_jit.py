@@ -101,7 +101,7 @@ def close(actual: Tensor, expected: Tensor, *, atol: float = 0.0, rtol: float = 
 def golden(pattern: str, *, needs: str = ""):
     """Parametrise over the files that match: kinds that are absent are simply not collected.
 
-    `needs` is the sibling that holds a kind's inputs; without it the kind cannot be read, and is not collected either.
+    `needs` is the sibling that holds a kind's inputs; `test_golden_no_file_is_left_over` names a file that lacks it.
     """
     paths = [path for path in golden_paths(METHOD, pattern) if not needs or list(path.parent.glob(needs))]
     return pytest.mark.parametrize("path", paths, ids=case_id)
@@ -478,8 +478,21 @@ CONSUMED = (
 )
 
 
+# A file that no test can read alone, and the sibling without which it would go unread.
+NEEDS = {
+    "forward_bf16.safetensors": "forward.safetensors",
+    "intermediates.safetensors": "forward.safetensors",
+    "train_grads.safetensors": "train_loss.safetensors",
+    "loss_grid.safetensors": "train_loss.safetensors",
+    "train_steps.safetensors": "*.pth",
+    "init_weights.safetensors": "train_steps.safetensors",
+}
+
+
 def test_golden_no_file_is_left_over():
     """Every file of every case is one of the kinds that the tests above read."""
     files = [p.relative_to(GOLDEN / METHOD).as_posix() for p in golden_files(METHOD)]
     assert files, f"no golden cases in {GOLDEN / METHOD}"
     assert [f for f in files if not any(re.fullmatch(pattern, f) for pattern in CONSUMED)] == []
+    orphans = [p for p in golden_files(METHOD) if p.name in NEEDS and not list(p.parent.glob(NEEDS[p.name]))]
+    assert [f"{case_id(p)} cannot be read without {NEEDS[p.name]} beside it" for p in orphans] == []
