@@ -12,9 +12,19 @@ CKPT ?=
 OFFICIAL ?=
 EMA ?=
 LABELS ?=
-NUM ?= 64
+NUM ?=
 SEED ?= 0
-OUT ?= out/
+OUT ?=
+STATS ?=
+EXTRACTOR ?=
+IMAGES ?=
+SAVE ?=
+DEVICES ?=
+SPLIT ?= train
+CFG ?=
+METRIC ?=
+FINAL ?=
+GPU ?= h100
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -28,7 +38,10 @@ endif
 opt = $(if $(strip $(2)),--$(1) "$(strip $(2))")
 need_exp = $(if $(strip $(EXP)),,$(error EXP is missing: for example make $@ EXP=jit_digits; make help lists the experiments))
 
-.PHONY: help setup train sample export smoke test test-slow test-gpu lint bench tensorboard
+weights = --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA))
+scoring = $(call opt,num,$(NUM)) $(call opt,stats,$(STATS)) $(call opt,extractor,$(EXTRACTOR)) $(call opt,devices,$(DEVICES)) $(call opt,out,$(OUT)) --seed "$(SEED)"
+
+.PHONY: help setup train sample export eval sweep stats plan claims smoke test test-slow test-gpu lint bench tensorboard
 
 help:  ## this text
 	@echo "softtokens: image generation without a vector-quantised bottleneck"
@@ -40,6 +53,7 @@ help:  ## this text
 	@echo "  CKPT      last (newest run of EXP) or a path: resumes in train, loads elsewhere"
 	@echo "  OFFICIAL  an official checkpoint (.pth or .safetensors): starts from it in train, loads elsewhere"
 	@echo "  EMA       weights to sample or export: raw, or a decay such as 0.9999 (default: the first average)"
+	@echo "  STATS     reference statistics (npz of make stats, ADM or JiT); EXTRACTOR inception, effnet_lite0, randconv, none"
 	@echo "  PYTHON    an interpreter to use instead of .venv"
 
 setup: $(READY)  ## make .venv with the tested versions (every other target does so too)
@@ -56,10 +70,25 @@ train: $(READY)  ## train EXP, e.g. make train EXP=jit_digits; CKPT= resumes, OF
 	$(need_exp)@$(PY) -m experiments.main fit --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(ARGS)
 
 sample: $(READY)  ## draw NUM images of EXP from CKPT or OFFICIAL into OUT: LABELS=0,1,2 NUM=64 SEED=0 OUT=out/
-	$(need_exp)@$(PY) -m experiments.sample --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA)) $(call opt,labels,$(LABELS)) --num "$(NUM)" --seed "$(SEED)" --out "$(OUT)" $(ARGS)
+	$(need_exp)@$(PY) -m experiments.sample --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA)) $(call opt,labels,$(LABELS)) --num "$(or $(strip $(NUM)),64)" --seed "$(SEED)" --out "$(or $(strip $(OUT)),out/)" $(ARGS)
 
 export: $(READY)  ## write EXP's CKPT in the official layout (OUT=x.pth, all weights) or as safetensors (OUT=x.safetensors, EMA=)
-	$(need_exp)@$(PY) -m experiments.export --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,ema,$(EMA)) --out "$(OUT)" $(ARGS)
+	$(need_exp)@$(PY) -m experiments.export --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,ema,$(EMA)) --out "$(or $(strip $(OUT)),out/)" $(ARGS)
+
+eval: $(READY)  ## score EXP's CKPT or OFFICIAL (or IMAGES=folder): STATS=x.npz EXTRACTOR= NUM= DEVICES= SAVE=png/
+	$(need_exp)@$(PY) -m experiments.evaluate $(weights) $(scoring) $(call opt,images,$(IMAGES)) $(call opt,save,$(SAVE)) $(ARGS)
+
+sweep: $(READY)  ## score guidance scales and averages: CFG=1:4:0.5 EMA=0.9999,0.9996 NUM=1000, then the best with FINAL=50000
+	$(need_exp)@$(PY) -m experiments.sweep $(weights) $(scoring) --cfg "$(CFG)" $(call opt,metric,$(METRIC)) $(call opt,final,$(FINAL)) $(ARGS)
+
+stats: $(READY)  ## reference statistics of EXP's data: SPLIT=train EXTRACTOR=inception OUT=stats/x.npz
+	$(need_exp)@$(PY) -m experiments.stats --exp "$(strip $(EXP))" --split "$(SPLIT)" $(call opt,extractor,$(EXTRACTOR)) $(call opt,devices,$(DEVICES)) $(call opt,out,$(OUT)) $(ARGS)
+
+plan: $(READY)  ## parameters, memory, FLOPs and hours of EXP on GPU=h100, before a GPU is paid for
+	$(need_exp)@$(PY) -m experiments.plan --exp "$(strip $(EXP))" --gpu "$(GPU)" $(ARGS)
+
+claims: $(READY)  ## make docs/claims.md anew: every claim of a paper that can be tried here
+	@$(PY) -m benchmarks.claims.ledger $(ARGS)
 
 smoke: $(READY)  ## EXP shrunken, on synthetic data and CPU: train, resume, sample in seconds
 	$(need_exp)@$(PY) -m tests.smoke "$(strip $(EXP))"
@@ -77,8 +106,8 @@ lint: $(READY)  ## ruff: style and formatting
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
-bench: $(READY)  ## time EXP's training step and sampler against the plain reference path
-	$(need_exp)@$(PY) -m benchmarks.bench --exp "$(strip $(EXP))" $(ARGS)
+bench: $(READY)  ## time EXP's training step and sampler against the plain path; EXP=data: the loaders
+	$(need_exp)@$(PY) -m $(if $(filter data,$(EXP)),benchmarks.data,benchmarks.bench --exp "$(strip $(EXP))") $(ARGS)
 
 tensorboard: $(READY)  ## watch the runs on port 6006
 	@$(PY) -m tensorboard.main --logdir runs

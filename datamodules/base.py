@@ -7,7 +7,7 @@ Batches: {"image": uint8 (B,3,H,W), "label": int64 (B,)} plus "caption": list of
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import lightning as L
 import torch
@@ -105,6 +105,10 @@ class BatchData(L.LightningDataModule, ABC):
     def make_datasets(self) -> tuple[RowDataset, RowDataset | None]:
         """Returns the training rows and the validation rows (None: no validation)."""
 
+    def discover_classes(self) -> int | None:
+        """How many classes the labels have, as cheaply as it can be told before `setup`; None if it cannot."""
+        return self.num_classes
+
     def score_samples(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """What this set can tell about drawn images without a network: uint8 (N,3,S,S) asked for as labels (N,).
 
@@ -127,14 +131,14 @@ class BatchData(L.LightningDataModule, ABC):
 
     def steps_per_epoch(self) -> int:
         """Optimiser steps that the trainer takes in one epoch."""
-        sampler = self._sampler(self._ready(), shuffle=True)
+        sampler = self._sampler(self._ready(), shuffle=True, **self._share())
         batches = self._epoch_batches(len(sampler) // sampler.batch_size)
         return -(-batches // (self.trainer.accumulate_grad_batches if self.trainer else 1))
 
     def train_dataloader(self) -> ResumableLoader:
         """Loader of whole global batches in shuffled order; each batch holds this process's share of one."""
         rows = self._ready()
-        sampler = self._sampler(rows, shuffle=True)
+        sampler = self._sampler(rows, shuffle=True, **self._share())
         return ResumableLoader(
             rows,
             sampler,
@@ -149,9 +153,17 @@ class BatchData(L.LightningDataModule, ABC):
         self._ready()
         if self.val_set is None:
             return []
-        sampler = self._sampler(self.val_set, shuffle=False)
+        return self.ordered_loader("val", **self._share())
+
+    def ordered_loader(self, split: Literal["train", "val"], *, rank: int = 0, world_size: int = 1) -> DataLoader:
+        """Rows rank, rank + world_size, ... of a split, as they stand: each row exactly once over all processes.
+
+        Raises ValueError if there is no validation set.
+        """
+        rows = self._rows_of(split)
+        sampler = self._sampler(rows, shuffle=False, rank=rank, world_size=world_size)
         return DataLoader(
-            self.val_set,
+            rows,
             batch_size=sampler.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
@@ -162,24 +174,38 @@ class BatchData(L.LightningDataModule, ABC):
             generator=torch.Generator().manual_seed(hash64(self.seed) >> 1),
         )
 
+    def split_length(self, split: Literal["train", "val"]) -> int:
+        """Rows of a split. Raises ValueError if there is no validation set."""
+        return len(self._rows_of(split))
+
     def _ready(self) -> RowDataset:
         if self.train_set is None:
             raise RuntimeError(f"{type(self).__name__} has no rows yet: call setup() before asking for a loader")
         return self.train_set
 
+    def _rows_of(self, split: str) -> RowDataset:
+        train = self._ready()
+        if split == "val" and self.val_set is None:
+            raise ValueError("this data has no validation split: name one with --data.init_args.val_split")
+        return train if split == "train" else self.val_set
+
     def _limited(self, rows: RowDataset) -> RowDataset:
         return rows if self.limit_n is None else LimitedRows(rows, self.limit_n, seed=self.seed)
 
-    def _sampler(self, rows: RowDataset, *, shuffle: bool) -> StatelessSampler:
+    def _share(self) -> dict[str, int]:
+        """Which process of how many this is."""
         trainer = self.trainer
+        return {"rank": trainer.global_rank if trainer else 0, "world_size": trainer.world_size if trainer else 1}
+
+    def _sampler(self, rows: RowDataset, *, shuffle: bool, rank: int, world_size: int) -> StatelessSampler:
         return StatelessSampler(
             len(rows),
             global_batch_size=self.batch_size,
             seed=self.seed,
             shuffle=shuffle,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
-            accumulate=trainer.accumulate_grad_batches if trainer else 1,
+            rank=rank,
+            world_size=world_size,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
         )
 
     def _on_cuda(self) -> bool:

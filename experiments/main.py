@@ -20,10 +20,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from experiments import recipes
 from experiments.errors import one_line_errors
 from experiments.keys import check_keys
-from experiments.load import load_config
+from experiments.load import find_class, instantiate, load_config
 from lightning_modules.base import GenerativeModule
 from lightning_modules.callbacks.checkpoint import LatestCheckpoint, MilestoneCheckpoint
 from lightning_modules.callbacks.ema import EMA
+from lightning_modules.callbacks.fid import FID
 from lightning_modules.callbacks.guard import Guard
 from lightning_modules.callbacks.progress import StepProgressBar
 from lightning_modules.callbacks.report import Report
@@ -35,6 +36,7 @@ CALLBACKS = {
     "ema": EMA,
     "throughput": Throughput,
     "samples": SampleGrid,
+    "fid": FID,
     "guard": Guard,
     "report": Report,
     "milestones": MilestoneCheckpoint,
@@ -90,8 +92,36 @@ def expand(argv: Sequence[str]) -> list[str]:
     check_keys(
         [word for word in argv if word.startswith("--")], load_config(experiment, overlays=_overlays(argv)), SECTIONS
     )
+    line += match_classes(experiment, argv)
     commands = argv[:1] if argv and not argv[0].startswith("-") else []
     return commands + line + [_null_inside(word) for word in argv[len(commands) :]]
+
+
+def match_classes(experiment: str, argv: Sequence[str]) -> list[str]:
+    """Overrides that make the model fit the classes of other data than the recipe's, where the line does not say.
+
+    So a folder of one's own needs no more than its name. One class means no condition: nothing to drop or to guide.
+    """
+    words = _joined(argv)
+    changed = any(word.startswith("--data") for word in words)
+    if not changed or any(word.startswith("--model.init_args.num_classes=") for word in words):
+        return []
+    words = [
+        re.sub("^--(data|model)=", r"--\1.class_path=", word) for word in words if not word.startswith("--config=")
+    ]
+    config = load_config(experiment, words, overlays=_overlays(argv))
+    found = instantiate(config["data"], "data").discover_classes()
+    if found is None or found == config["model"]["init_args"]["num_classes"]:
+        return []
+    changes = [f"num_classes={found}"]
+    if found == 1:
+        module = find_class(config["model"]["class_path"], "model")
+        given = [word.partition("=")[0] for word in words]
+        changes += [c for c in module.UNCONDITIONAL if f"--model.init_args.{c.partition('=')[0]}" not in given]
+    print(
+        f"the data has {found} class{'es' if found > 1 else ''}: {' '.join(f'--model.init_args.{c}' for c in changes)}"
+    )
+    return [f"--model.init_args.{change}" for change in changes]
 
 
 def _null_inside(word: str) -> str:
@@ -108,6 +138,13 @@ def _overlays(argv: Sequence[str]) -> list[Path]:
         Path(word.partition("=")[2] or following) for word, following in pairs if word.partition("=")[0] == "--config"
     ]
     return [path for path in paths if path.is_file()]  # the parser reports the others
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """The options of a line as --key=value, also where it has --key value."""
+    pairs = pairwise([*argv, "--"])
+    joined = [word if "=" in word or following.startswith("--") else f"{word}={following}" for word, following in pairs]
+    return [word for word in joined if word.startswith("--") and "=" in word]
 
 
 def _take(argv: list[str], flag: str) -> str | None:

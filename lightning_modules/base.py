@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -23,6 +23,7 @@ from layers.tokenizers.base import to_uint8 as to_uint8
 from lightning_modules.config import as_config, as_tokenizer, tokenizer_config
 from lightning_modules.optim import OptimConfig, adamw, learning_rate, param_groups
 from lightning_modules.pretrained import Pretrained
+from lightning_modules.protocol import Protocol
 
 Batch = dict[str, Any]
 
@@ -35,6 +36,9 @@ class GenerativeModule(Pretrained, L.LightningModule):
     it).  init_classes: "keep" the file's class table, or start a "new" one (its null row is kept).
     compile: torch.compile the network on CUDA, in place; elsewhere it runs eagerly, and says so.
     """
+
+    PROTOCOL: ClassVar[Protocol | None] = None  # how the paper evaluated
+    UNCONDITIONAL: ClassVar[tuple[str, ...]] = ()  # settings below init_args for data of one class: "sampling.x=1"
 
     net: nn.Module
 

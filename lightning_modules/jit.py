@@ -27,6 +27,7 @@ from layers.tokenizers.base import Tokenizer
 from lightning_modules.base import Batch, GenerativeModule
 from lightning_modules.config import as_config
 from lightning_modules.optim import OptimConfig
+from lightning_modules.protocol import Protocol
 
 
 @dataclass
@@ -182,6 +183,14 @@ class JiTModule(GenerativeModule):
     """Training and sampling of JiT; see GenerativeModule for the common arguments."""
 
     OFFICIAL_KEYS = ("model", "model_ema1", "model_ema2")
+    UNCONDITIONAL = ("objective.label_drop_prob=0", "sampling.cfg_scale=1")  # authors' answer in LTH14/JiT issue 7
+    PROTOCOL = Protocol(
+        num_images=50_000,
+        num_classes=1000,
+        statistics={256: "jit_in256_stats.npz", 512: "jit_in512_stats.npz"},
+        note="50 images per class, first average, guidance and interval of the recipe; FID against the whole ImageNet "
+        "training set in ADM's crop, not flipped (jit_in256_stats.npz, jit_in512_stats.npz), from PNG files",
+    )
 
     def __init__(
         self,

@@ -18,14 +18,17 @@ PROJECT = {*PACKAGES, "tests", "benchmarks"}
 SHARED = {
     "base",
     "config",
+    "evaluation",
     "extractors",
-    "metrics",
-    "reference",
     "generate",
+    "metrics",
     "optim",
     "paths",
     "pictures",
     "pretrained",
+    "protocol",
+    "reference",
+    "scores",
     "weights",
 }
 # inside layers: a tier imports itself and the tiers before it
@@ -60,7 +63,10 @@ THIRD_PARTY = {
             "sklearn",
         },
     ),
-    "experiments": ({"torch", "numpy", "lightning", "yaml", "rich", "safetensors", "jsonargparse"}, {"matplotlib"}),
+    "experiments": (
+        {"torch", "numpy", "lightning", "yaml", "rich", "safetensors", "jsonargparse", "PIL"},
+        {"matplotlib"},
+    ),
 }
 
 
