@@ -6,7 +6,7 @@ Batches: {"image": uint8 (B,3,H,W), "label": int64 (B,)} plus "caption": list of
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NotRequired, TypedDict
 
 import lightning as L
@@ -86,6 +86,9 @@ class BatchData(L.LightningDataModule, ABC):
 
     num_classes: int | None = None
     class_names: list[str] | None = None
+    # A set that can tell by itself what a drawn image shows defines this as a method: uint8 images (N,3,S,S) and the
+    # labels (N,) that were asked for -> {"colour_acc": share in 0..1, ...}.
+    score_samples: Callable[[Tensor, Tensor], dict[str, float]] | None = None
 
     def __init__(
         self, image_size: int, batch_size: int, *, num_workers: int = 0, seed: int = 0, limit_n: int | None = None
@@ -108,13 +111,6 @@ class BatchData(L.LightningDataModule, ABC):
     def discover_classes(self) -> int | None:
         """How many classes the labels have, as cheaply as it can be told before `setup`; None if it cannot."""
         return self.num_classes
-
-    def score_samples(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """What this set can tell about drawn images without a network: uint8 (N,3,S,S) asked for as labels (N,).
-
-        {"colour_acc": share in 0..1, ...}; nothing by default.
-        """
-        return {}
 
     def setup(self, stage: str | None = None) -> None:
         """Makes both datasets once, whatever the stage: a set without its validation split should fail at the start.

@@ -53,6 +53,13 @@ class FID(L.Callback):
         """Missing weights or statistics are an error before the first step, not at the first evaluation."""
         if self.every_n_steps is None:
             return
+        judge = getattr(trainer.datamodule, "score_samples", None)
+        if self.extractor and not self.stats:
+            raise ValueError(
+                f"fid.extractor is {self.extractor} and fid.stats is missing: make stats makes such a file"
+            )
+        if not self.extractor and judge is None:
+            raise ValueError("fid.extractor is null, and this data cannot judge images by itself: name an extractor")
         extractor = make_extractor(self.extractor, weights=self.inception) if self.extractor else None
         reference = load_reference(self.stats) if self.stats else None
         if reference is not None and extractor is not None:
@@ -61,7 +68,7 @@ class FID(L.Callback):
             self.num_images,
             extractor.to(pl_module.device) if extractor else None,
             reference,
-            getattr(trainer.datamodule, "score_samples", None),
+            judge,
             self.knn_images,
         )
         if reference is not None and trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):

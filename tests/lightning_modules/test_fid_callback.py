@@ -37,10 +37,22 @@ def test_the_callback_and_make_eval_agree_and_training_is_left_alone(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in other), "the same training with and without it"
 
 
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (["--fid.extractor=null"], "cannot judge images by itself"),
+        (["--fid.extractor=randconv"], "fid.stats is missing"),
+    ],
+)
+def test_a_callback_that_could_measure_nothing_is_refused(line, text, tmp_path):
+    with chdir(tmp_path), pytest.raises(ValueError, match=text):
+        main.cli([*FIT, "--fid.every_n_steps=4", *line])
+
+
 def test_missing_inception_weights_stop_a_run_before_its_first_step(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with chdir(tmp_path), pytest.raises(FileNotFoundError, match="no Inception weights"):
-        main.cli([*FIT, "--fid.every_n_steps=4", "--fid.num_images=8"])
+        main.cli([*FIT, "--fid.every_n_steps=4", "--fid.num_images=8", "--fid.stats=any.npz"])
     assert not list(tmp_path.glob("runs/**/*.ckpt"))
 
 
