@@ -7,7 +7,7 @@ Batches: {"image": uint8 (B,3,H,W), "label": int64 (B,)} plus "caption": list of
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import lightning as L
 import torch
@@ -33,6 +33,10 @@ class RowDataset(Dataset, ABC):
 
     @abstractmethod
     def __getitems__(self, keys: Sequence[RowKey]) -> Batch: ...
+
+    def sampler(self, *, num_workers: int, **options: Any) -> StatelessSampler:
+        """The order in which a loader with `num_workers` reads these rows; `options` as of StatelessSampler."""
+        return StatelessSampler(len(self), **options)
 
     def __getitem__(self, index: int) -> Batch:
         """The batch of one row `index`, as epoch 0 shows it (for looking at a set)."""
@@ -194,8 +198,8 @@ class BatchData(L.LightningDataModule, ABC):
         return {"rank": trainer.global_rank if trainer else 0, "world_size": trainer.world_size if trainer else 1}
 
     def _sampler(self, rows: RowDataset, *, shuffle: bool, rank: int, world_size: int) -> StatelessSampler:
-        return StatelessSampler(
-            len(rows),
+        return rows.sampler(
+            num_workers=self.num_workers,
             global_batch_size=self.batch_size,
             seed=self.seed,
             shuffle=shuffle,

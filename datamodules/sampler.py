@@ -83,6 +83,11 @@ class StatelessSampler(DistributedSampler):
         self.usable = length // global_batch_size * global_batch_size if shuffle else length
         self.start = 0  # batches of this rank to leave out at the head of the next iteration
 
+    @property
+    def layout(self) -> dict[str, int]:
+        """What the order of a rank depends on besides seed and epoch and may not change inside an epoch: nothing."""
+        return {}
+
     def __len__(self) -> int:
         """Rows of this rank in a whole epoch, whatever `start` is."""
         return len(range(self.rank, self.usable, self.num_replicas))
@@ -163,15 +168,23 @@ class ResumableLoader(DataLoader):
     def state_dict(self) -> dict[str, int]:
         """Position after the last batch handed out; equal on all ranks. `batches`: length of an epoch."""
         epoch = self.sampler.epoch if self._epoch is None else self._epoch
-        return {"epoch": epoch, "done": self._done, "batches": self.epoch_batches}
+        return {"epoch": epoch, "done": self._done, "batches": self.epoch_batches, **self.sampler.layout}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ValueError when the state lies inside an epoch of another length (other batch size, other rows)."""
+        """Raises ValueError for a state inside an epoch of another length or layout (other batch size, rows, ...)."""
         inside = 0 < state["done"] < state["batches"]
         if inside and state["batches"] != self.epoch_batches:
             raise ValueError(
                 f"checkpoint lies inside an epoch of {state['batches']} batches but an epoch now has"
                 f" {self.epoch_batches}: keep batch_size, accumulate_grad_batches and rows, or resume at an epoch end"
+            )
+        layout = self.sampler.layout
+        saved = {name: value for name, value in state.items() if name not in ("epoch", "done", "batches")}
+        if inside and saved != layout:
+            name = next(name for name in {**saved, **layout} if saved.get(name) != layout.get(name))
+            raise ValueError(
+                f"checkpoint lies inside an epoch of a stream read with {name}={saved.get(name)}, but it is now"
+                f" {layout.get(name)}: keep it, or resume at an epoch end"
             )
         ended = state["done"] >= state["batches"]
         self._epoch = state["epoch"] + 1 if ended else state["epoch"]

@@ -38,7 +38,7 @@ def one_line_errors(main: Callable[[], Any]) -> Callable[[], Any]:
 
 def describe(error: Exception) -> str:
     """The message in one line, without the command line parser's account of every type that it tried."""
-    text = re.sub(r"(?s)^Caught \w+ in DataLoader worker .*\n\w*(?:Error|Exception): ", "", str(error))
+    text = re.sub(r"(?s)^Caught \w+ in DataLoader worker .*\n[\w.]*(?:Error|Exception): ", "", str(error))
     text = " ".join(text.split())
     text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*", "", text)
     text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", text)

@@ -1,13 +1,17 @@
 """Image sources: folders, parquet, saved tables, hub errors; flips, labels and corrupt files."""
 
 import io
+import os
+import shutil
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datamodules.images import ImageData
+from datamodules.images import ImageData, ImageRows
 from datamodules.sampler import RowKey, coin
 from datamodules.transforms import center_crop, to_uint8_chw
 
@@ -116,13 +120,41 @@ def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match=r"hole/b' holds no images"):
         open_data(tmp_path / "hole")
     make_folder(tmp_path / "plain", {"a": ["a.png"]})
+    with pytest.raises(FileNotFoundError, match=r"empty' holds no images"):
+        open_data(tmp_path / "empty", columns={"label": None})
+    (tmp_path / "hole" / "b" / "empty.png").touch()
+    with pytest.raises(ValueError, match=r"hole/b' holds no images"):
+        open_data(tmp_path / "hole")
+    (tmp_path / "empty" / "a.png").touch()
+    with pytest.raises(FileNotFoundError, match=r"empty' holds no images: .*, and '.*/a.png' is not usable: empty"):
+        open_data(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"no split 'validation': it has \['train'\]; .* val_split to null"):
         open_data(tmp_path / "plain", val_split="validation")
-    with pytest.raises(ValueError, match=r"columns=.*is a folder of images"):
+    with pytest.raises(ValueError, match=r"columns=.*is a folder of images without metadata.jsonl"):
         open_data(tmp_path / "plain", columns={"image": "jpg"})
     (tmp_path / "list.csv").write_text("x")
     with pytest.raises(ValueError, match=r"list.csv' is no folder and no .parquet"):
         open_data(tmp_path / "list.csv")
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    make_folder(tmp_path, {"a": ["0.png"], "b": ["0.png"]})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"folder '.*/b' cannot be listed \(Permission denied\): allow reading or"):
+        open_data(tmp_path)
+
+
+def test_images_may_lie_beside_folders_without_any(tmp_path):
+    make_folder(tmp_path, {"": ["0.png"], "papers/old": []})
+    (tmp_path / "papers" / "old" / "a.pdf").touch()
+    assert len(open_data(tmp_path, batch_size=1).train_set) == 1
 
 
 def test_flips_depend_on_seed_epoch_and_row_only(tmp_path):
@@ -150,14 +182,64 @@ def test_workers_give_the_same_batches(tmp_path):
         assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
 
 
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+TORN = r"file '.*a/1.png' is no readable image \(.*truncated.*replace or remove"
+
+
+def test_a_source_with_many_damaged_images_is_refused_at_the_start(tmp_path):
+    make_folder(tmp_path, {"a": [f"{i}.png" for i in range(9)]})
+    truncate(tmp_path / "a" / "1.png")
+    with pytest.raises(ValueError, match=f"1 of 9 rows that were tried cannot be used, such as {TORN}"):
+        open_data(tmp_path)
+    make_folder(tmp_path, {"a": ["9.png"]})
+    open_data(tmp_path)  # one of ten is let through
+    with pytest.raises(ValueError, match=f"1 of 10 rows that were tried cannot be used, such as {TORN}"):
+        open_data(tmp_path, on_bad="error")
+    with pytest.raises(ValueError, match="on_bad='ignore' is unknown: use 'skip' or 'error'"):
+        open_data(tmp_path, on_bad="ignore")
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_corrupt_image_is_named(tmp_path, num_workers):
+def test_a_damaged_image_stops_the_run_where_that_is_asked_for(tmp_path, num_workers):
     make_folder(tmp_path, {"a": ["0.png", "1.png"]})
-    whole = (tmp_path / "a" / "1.png").read_bytes()
-    (tmp_path / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
-    data = open_data(tmp_path, num_workers=num_workers)
-    with pytest.raises(ValueError, match=r"file '.*a/1.png' is no readable image \(.*truncated.*replace or remove"):
+    data = open_data(tmp_path, num_workers=num_workers, on_bad="error")
+    truncate(tmp_path / "a" / "1.png")
+    with pytest.raises(ValueError, match=TORN) as caught:
         list(data.train_dataloader())
+    assert caught.type is ValueError  # not a subclass: the last line of a worker's error has to begin with that
+
+
+def test_a_damaged_row_is_replaced_by_the_next_one(tmp_path):
+    make_folder(tmp_path, {"a": [f"{i}.png" for i in range(3)], "b": ["3.png"]})
+    data = open_data(tmp_path, flip=False)
+    for name in ("a/1.png", "a/2.png"):
+        truncate(tmp_path / name)
+    with pytest.warns(UserWarning, match="truncated.*The next row takes its place") as warned:
+        batch = read(data.train_set, [1, 3])
+    assert [f"a/{i}.png" in str(warned[i - 1].message) for i in (1, 2)] == [True] * len(warned)
+    assert torch.equal(batch["image"], torch.stack([expected(3)] * 2)) and batch["label"].tolist() == [1, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = read(data.train_set, [2, 0])  # known by now
+    assert torch.equal(again["image"], torch.stack([expected(3), expected(0)]))
+    assert list(data.train_set.bad) == [1, 2]
+    truncate(tmp_path / "b" / "3.png")
+    with pytest.warns(UserWarning, match="b/3.png"):
+        assert torch.equal(read(data.train_set, [3])["image"][0], expected(0))  # after the last the first
+
+
+def test_a_disk_that_is_gone_stops_the_run(tmp_path):
+    make_folder(tmp_path, {"a": ["0.png", "1.png"]})
+    data = open_data(tmp_path)
+    shutil.rmtree(tmp_path / "a")
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"2 rows one after another cannot be used; the first: .*1.png.*No such file"),
+    ):
+        read(data.train_set, [1])
 
 
 @pytest.mark.parametrize("image_type", ["image", "binary"])
@@ -190,8 +272,8 @@ def test_save_to_disk_with_columns_and_captions(tmp_path):
     batch = read(data.train_set, [0, 1])
     assert batch["caption"] == ["a cat", "a dog"] and batch["label"].tolist() == [1, 0]
     assert read(data.val_set, [0])["caption"] == ["a dog"]
-    with pytest.raises(ValueError, match=r"no column 'image' for image: it has \['jpg', 'cls', 'caption'\]; map it"):
-        open_data(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"no column 'img' for image: it has \['jpg', 'cls', 'caption'\]; map it"):
+        open_data(tmp_path / "saved", columns={"image": "img"})
     with pytest.raises(ValueError, match=r"no column 'text' for caption"):
         open_data(tmp_path / "saved", columns=columns | {"caption": "text"})
     with pytest.raises(ValueError, match=r"columns names \['target'\]"):
@@ -202,11 +284,12 @@ def test_save_to_disk_with_columns_and_captions(tmp_path):
 
 def test_labels_out_of_range_are_named(tmp_path):
     table([0, -1, 3]).save_to_disk(str(tmp_path / "s"))
-    rows = open_data(tmp_path / "s", num_classes=3).train_set
-    with pytest.raises(ValueError, match=r"row 1 of '.*s' has label -1: the split is not labelled"):
-        read(rows, [0, 1])
     with pytest.raises(ValueError, match=r"row 2 of .* has label 3, but num_classes=3: use at least 4"):
-        read(rows, [2])
+        open_data(tmp_path / "s", num_classes=3)
+    with pytest.raises(ValueError, match=r"1 of 3 rows .* row 1 of '.*s' has label -1: the split is not labelled"):
+        open_data(tmp_path / "s")
+    rows = ImageRows(open_data(tmp_path / "s", columns={"label": None}).train_set.store, 8, num_classes=1)
+    assert read(rows, [0, 1, 2])["label"].tolist() == [0, 0, 0]
     make_folder(tmp_path / "f", {"a": ["0.png"], "b": ["0.png"]})
     with pytest.raises(ValueError, match="has 2 classes, more than num_classes=1"):
         open_data(tmp_path / "f", num_classes=1)
@@ -215,24 +298,122 @@ def test_labels_out_of_range_are_named(tmp_path):
 def test_values_of_the_wrong_type_are_named(tmp_path):
     import datasets
 
-    datasets.Dataset.from_dict({"image": ["x", "y"], "label": ["cat", "dog"]}).save_to_disk(str(tmp_path / "s"))
-    with pytest.raises(ValueError, match=r"row 1 of '.*': column 'label' holds 'dog', which is no label"):
-        read(open_data(tmp_path / "s").train_set, [1])
-    table([0], captions=[None]).save_to_disk(str(tmp_path / "t"))
-    with pytest.raises(ValueError, match=r"column 'caption' holds None, which is no caption"):
-        read(open_data(tmp_path / "t").train_set, [0])
-    bad = {"image": [b"no image"], "label": [0]}
-    datasets.Dataset.from_dict(bad).save_to_disk(str(tmp_path / "u"))
-    with pytest.raises(ValueError, match=r"row 0 of '.*u' is no readable image"):
-        read(open_data(tmp_path / "u").train_set, [0])
+    def save(name, **columns):
+        datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / name))
+        return tmp_path / name
+
+    rows = table([0])
+    datasets.DatasetDict({"train": rows.filter(lambda _: False), "test": rows}).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"none' has a split without rows: choose another split"):
+        open_data(tmp_path / "none")
+    next((tmp_path / "none" / "test").glob("*.arrow")).write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"source='.*none' cannot be loaded: \w+: "):
+        open_data(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"column 'label' of '.*s' holds 0.5, which is no label"):
+        open_data(save("s", image=[encoded(0)], label=[0.5]))
+    with pytest.raises(ValueError, match=r"row 0 of '.*t': column 'image' holds 7, which is no image"):
+        open_data(save("t", image=[7], label=[0]))
+    with pytest.raises(ValueError, match=r"row 0 of '.*u': column 'caption' holds 7, which is no caption"):
+        open_data(save("u", image=[encoded(0)], label=[0], caption=[7]))
+    with pytest.raises(ValueError, match=r"row 0 of '.*v' is no readable image"):
+        open_data(save("v", image=[b"no image"], label=[0]))
+    with pytest.raises(ValueError, match=r"row 0 of '.*w' is no readable image"):
+        open_data(save("w", image=[None, encoded(1)], label=[0, 0]))
 
 
-def test_a_set_without_labels_needs_num_classes_1(tmp_path):
+def test_a_set_without_labels_has_one_class_and_says_so(tmp_path, caplog):
     table([0, 0], label=None).save_to_disk(str(tmp_path / "s"))
+    with caplog.at_level("INFO"):
+        data = open_data(tmp_path / "s")
+    assert "has no label column among ['image']: every row gets label 0" in caplog.text
+    assert data.num_classes == 1 and read(data.train_set, [0, 1])["label"].tolist() == [0, 0]
     with pytest.raises(ValueError, match=r"no column 'label' for label: .*without labels, set num_classes=1"):
-        open_data(tmp_path / "s")
-    data = open_data(tmp_path / "s", num_classes=1)
-    assert read(data.train_set, [0, 1])["label"].tolist() == [0, 0]
+        open_data(tmp_path / "s", num_classes=5)
+
+
+def test_columns_are_guessed_by_their_type(tmp_path):
+    import datasets
+
+    rows = table([1, 0], image="img", label="species", names=["cat", "dog"], captions=["c", None])
+    rows.save_to_disk(str(tmp_path / "s"))
+    data = open_data(tmp_path / "s", flip=False)
+    batch = read(data.train_set, [0, 1])
+    assert batch["label"].tolist() == [1, 0] and data.class_names == ["cat", "dog"]
+    assert torch.equal(batch["image"], torch.stack([expected(0), expected(1)]))
+    assert batch["caption"] == ["c", ""]  # captions are a bonus here
+    webdataset = table([1, 0], image="jpg", label="cls")
+    webdataset.save_to_disk(str(tmp_path / "w"))
+    assert read(open_data(tmp_path / "w").train_set, [0, 1])["label"].tolist() == [1, 0]
+    rows = rows.add_column("genus", [0, 0], feature=datasets.ClassLabel(names=["a"]))
+    rows.save_to_disk(str(tmp_path / "t"))
+    with pytest.raises(
+        ValueError, match=r"several columns for label, \['species', 'genus'\]: choose one with columns="
+    ):
+        open_data(tmp_path / "t")
+    assert open_data(tmp_path / "t", columns={"label": "genus"}).num_classes == 1
+    with pytest.raises(ValueError, match=r"only a caption may have several columns"):
+        open_data(tmp_path / "t", columns={"label": ["genus", "species"]})
+
+
+def test_labels_that_are_names_and_integers_without_a_count(tmp_path):
+    import datasets
+
+    names = {"image": [encoded(i) for i in range(3)], "label": ["dog", "cat", "dog"]}
+    part = {"image": [encoded(3)], "label": ["dog"]}
+    splits = {"train": datasets.Dataset.from_dict(names), "dev": datasets.Dataset.from_dict(part)}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "s"))
+    data = open_data(tmp_path / "s", val_split="auto")
+    assert data.class_names == ["cat", "dog"] and read(data.train_set, [0, 1, 2])["label"].tolist() == [1, 0, 1]
+    assert read(data.val_set, [0])["label"].tolist() == [1]  # not 0, although it is the only class there
+    table([0, 6, 2]).save_to_disk(str(tmp_path / "t"))
+    assert open_data(tmp_path / "t").num_classes == 7
+    assert open_data(tmp_path / "t", num_classes=9).num_classes == 9
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "dev"])
+def test_one_override_finds_the_validation_split(tmp_path, name, caplog):
+    make_folder(tmp_path / "train", {"a": ["0.JPEG"], "b": ["1.png"]})
+    (tmp_path / "README.md").write_text("read me")
+    with caplog.at_level("INFO"):
+        data = open_data(tmp_path, val_split="auto")
+    assert data.val_set is None and "has no validation split: training goes without" in caplog.text
+    make_folder(tmp_path / name, {"b": ["0.png"]})
+    data = open_data(tmp_path, val_split="auto")
+    assert read(data.val_set, [0])["label"].tolist() == [1]
+    assert open_data(tmp_path, val_split="auto", split="validation").val_set is None  # not the training rows again
+
+
+def test_classes_are_known_before_anything_is_read(tmp_path, monkeypatch):
+    make_folder(tmp_path / "classes" / "train", {"a": ["0.png"], "b": ["0.png"], ".c": ["0.png"]})
+    make_folder(tmp_path / "flat", {"": ["0.png"]})
+    (tmp_path / "flat" / "papers").mkdir()
+    table([0, 3]).save_to_disk(str(tmp_path / "numbers"))
+    table([0, 1], names=["a", "b", "c"]).to_parquet(str(tmp_path / "names.parquet"))
+    table([0, 1], label=None).save_to_disk(str(tmp_path / "unlabelled"))
+    counts = {"classes": 2, "flat": 1, "numbers": 4, "names.parquet": 3, "unlabelled": 1}
+    for name, count in counts.items():
+        options = {"val_split": None, "batch_size": 1, "num_workers": 0, "cache_dir": str(tmp_path / "cache")}
+        data = ImageData(str(tmp_path / name), 8, **options)
+        assert data.discover_classes() == count and data.train_set is None
+        data.setup("fit")
+        assert data.num_classes == count
+    assert ImageData(str(tmp_path / "classes"), 8, columns={"label": None}).discover_classes() == 1
+    assert ImageData("a/b", 8, num_classes=5).discover_classes() == 5
+
+
+def test_classes_of_a_hub_set_are_read_from_its_description(monkeypatch):
+    import datasets
+
+    def describe(features):
+        info = datasets.DatasetInfo(features=features and datasets.Features(features))
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(info=info))
+        return ImageData("a/b", 8).discover_classes()
+
+    image = {"image": datasets.Image()}
+    assert describe(image | {"label": datasets.ClassLabel(num_classes=5)}) == 5
+    assert describe(image | {"label": datasets.Value("int64")}) is None
+    assert describe(image) == 1
+    assert describe(None) is None
 
 
 def test_splits_with_different_classes_are_refused(tmp_path):
@@ -272,6 +453,9 @@ def test_hub_failures_are_one_line(tmp_path, monkeypatch, error, message):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    with pytest.raises(ValueError, match=message):
+        ImageData("a/b", 8).discover_classes()
     with pytest.raises(ValueError, match=message) as caught:
         open_data("a/b")
     assert "source='a/b'" in str(caught.value) and "\n" not in str(caught.value)
