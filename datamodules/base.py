@@ -38,6 +38,10 @@ class RowDataset(Dataset, ABC):
         """The order in which a loader with `num_workers` reads these rows; `options` as of StatelessSampler."""
         return StatelessSampler(len(self), **options)
 
+    def limited(self, limit_n: int, *, seed: int) -> "RowDataset":
+        """`limit_n` rows of these, drawn by `seed`."""
+        return LimitedRows(self, limit_n, seed=seed)
+
     def __getitem__(self, index: int) -> Batch:
         """The batch of one row `index`, as epoch 0 shows it (for looking at a set)."""
         if not 0 <= index < len(self):
@@ -190,7 +194,7 @@ class BatchData(L.LightningDataModule, ABC):
         return train if split == "train" else self.val_set
 
     def _limited(self, rows: RowDataset) -> RowDataset:
-        return rows if self.limit_n is None else LimitedRows(rows, self.limit_n, seed=self.seed)
+        return rows if self.limit_n is None else rows.limited(self.limit_n, seed=self.seed)
 
     def _share(self) -> dict[str, int]:
         """Which process of how many this is."""

@@ -7,7 +7,8 @@ used (images.py, `on_bad`). Batches: {"image": uint8 (B,3,S,S), "label": int64 (
 """
 
 from datamodules.folders import FileStore
-from datamodules.images import ImageData, ImageRows, OnBad
+from datamodules.image_rows import ImageRows, OnBad
+from datamodules.images import ImageData
 from datamodules.sources import ArrowStore
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from datamodules.decode import MAX_PIXELS
 from datamodules.folders import FolderStore
-from datamodules.images import ImageData, ImageRows
+from datamodules.image_rows import ImageRows
+from datamodules.images import ImageData
 from datamodules.sampler import RowKey
 
 SIZE = 8

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.images import ImageData, ImageRows
+from datamodules.image_rows import ImageRows
+from datamodules.images import ImageData
 from datamodules.sampler import RowKey, coin
 from datamodules.transforms import center_crop, to_uint8_chw
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datamodules.base import BatchData, TensorRows
-from datamodules.images import ImageRows
+from datamodules.image_rows import ImageRows
 from datamodules.sources import RawRow
 
 EPOCH = 4  # optimiser steps

@@ -1,0 +1,313 @@
+"""Folders of memory-mapped safetensors shards: written once, read row by row in any order.
+
+A folder holds `meta.json` (what it was made from, the tensors, rows, bytes and sha256 of each shard) and
+`shard-00000.safetensors`, ...: named tensors with a leading row axis, e.g. image uint8 (n,3,S,S) and label int64 (n,).
+Captions are UTF-8 in one tensor `caption` uint8 (bytes,) with `caption_end` int64 (n,): they are mapped like the rest,
+so a million strings need no memory in any worker. Writing is resumable and may be shared among processes; `meta.json`
+comes last, so a folder that has it is complete.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.base import Batch, RowDataset
+from datamodules.sampler import RowKey, coin
+from datamodules.transforms import flip_horizontal
+
+META, PLAN = "meta.json", "unfinished.json"
+RESERVED = ("n", "shard_rows", "tensors", "shards")  # keys of meta.json that the writer sets
+# safetensors dtype -> how numpy maps it, what torch makes of it (numpy has no bfloat16)
+DTYPES = {
+    "U8": (np.uint8, torch.uint8),
+    "I16": (np.int16, torch.int16),
+    "I32": (np.int32, torch.int32),
+    "I64": (np.int64, torch.int64),
+    "F16": (np.float16, torch.float16),
+    "BF16": (np.int16, torch.bfloat16),
+    "F32": (np.float32, torch.float32),
+}
+
+
+class Field(NamedTuple):
+    """One tensor of a shard file: safetensors dtype, shape with the row axis, first byte counted from the file's."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class ShardWriter:
+    """Writes `rows` rows as shards of `shard_rows` rows (the last one shorter). `meta` says what they are made from.
+
+    Shards can be written in any order and by several processes; `finish` is called once, when all are there. Started
+    again after an interrupt, finished shards are kept. Raises ValueError when the folder holds rows of another meta.
+    """
+
+    def __init__(self, folder: Path | str, *, meta: Mapping[str, Any], rows: int, shard_rows: int) -> None:
+        assert rows > 0 and shard_rows > 0 and not set(meta) & set(RESERVED)
+        self.folder, self.rows, self.shard_rows = Path(folder), rows, shard_rows
+        self.plan = json.loads(json.dumps({**meta, "n": rows, "shard_rows": shard_rows}))  # as a file gives it back
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.finished = (self.folder / META).exists()
+        if self.finished or (self.folder / PLAN).exists():
+            there = _read_json(self.folder / (META if self.finished else PLAN))
+            _check_same(there, self.plan, self.folder)
+        else:
+            _replace_json(self.folder / PLAN, self.plan)
+
+    def numbers(self) -> range:
+        """Numbers of all shards."""
+        return range(-(-self.rows // self.shard_rows))
+
+    def rows_of(self, number: int) -> range:
+        """The rows that shard `number` holds."""
+        start = number * self.shard_rows
+        return range(start, min(start + self.shard_rows, self.rows))
+
+    def is_written(self, number: int) -> bool:
+        """Whether shard `number` is complete."""
+        return self.finished or self._note(number).exists()
+
+    def write(self, number: int, tensors: Mapping[str, Tensor], *, captions: Sequence[str] | None = None) -> None:
+        """Writes one shard: tensors (n, ...) and n captions, where n is len(rows_of(number))."""
+        from safetensors.torch import save_file
+
+        count = len(self.rows_of(number))
+        named = dict(tensors) | ({} if captions is None else _packed(captions))
+        assert all(len(tensor) == count for name, tensor in named.items() if name != "caption")
+        path = self.folder / f"shard-{number:05d}.safetensors"
+        with _replacing(path) as part:
+            save_file({name: tensor.contiguous() for name, tensor in named.items()}, part)
+            facts = {"file": path.name, "rows": count, "bytes": part.stat().st_size, "sha256": sha256(part)}
+        _replace_json(self._note(number), facts)
+
+    def finish(self) -> None:
+        """Writes `meta.json`. Raises ValueError naming the shards that are not written yet."""
+        if self.finished:
+            return
+        if missing := [number for number in self.numbers() if not self.is_written(number)]:
+            raise ValueError(
+                f"'{self.folder}' lacks {len(missing)} shards, such as number {missing[0]}: write them first"
+            )
+        shards = [_read_json(self._note(number)) for number in self.numbers()]
+        header = read_header(self.folder / shards[0]["file"], size=shards[0]["bytes"])
+        tensors = {
+            name: {"dtype": field.dtype, "shape": list(field.shape[1:])} for name, field in sorted(header.items())
+        }
+        _replace_json(self.folder / META, {**self.plan, "tensors": tensors, "shards": shards})
+        self.finished = True
+        for leftover in (self.folder / PLAN, *(self._note(number) for number in self.numbers())):
+            leftover.unlink(missing_ok=True)
+
+    def _note(self, number: int) -> Path:
+        """What `finish` needs to know of a shard; its presence says that the shard is complete."""
+        return self.folder / f"shard-{number:05d}.json"
+
+
+class Shards:
+    """Random access to the rows of a finished folder, memory-mapped. Each process maps a shard when it first reads it.
+
+    `expect` holds entries that `meta.json` must have. Raises ValueError for a folder that is unfinished or differs, and
+    for a shard that is missing, cut short or damaged in its header; `verify` reads and compares everything.
+    """
+
+    def __init__(self, folder: Path | str, *, expect: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        self.meta = read_meta(self.folder)
+        _check_same(self.meta, expect or {}, self.folder)
+        self._headers = [self._checked_header(shard) for shard in self.meta["shards"]]
+        self._ends = np.cumsum([shard["rows"] for shard in self.meta["shards"]])
+        self._maps: dict[int, dict[str, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self.meta["n"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # a spawned worker maps the files itself: pickling would copy them
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether `captions` can be asked for."""
+        return "caption_end" in self.meta["tensors"]
+
+    def gather(self, name: str, indices: Sequence[int]) -> Tensor:
+        """Rows `indices` of tensor `name`: (len(indices), ...). Raises IndexError for a row that is not there."""
+        field = self.meta["tensors"][name]
+        numpy_dtype, torch_dtype = DTYPES[field["dtype"]]
+        out = np.empty((len(indices), *field["shape"]), numpy_dtype)
+        for position, (shard, row) in enumerate(self._locate(indices)):
+            out[position] = self._map(shard)[name][row]
+        return torch.from_numpy(out).view(torch_dtype)
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """Captions of rows `indices`."""
+        texts = []
+        for shard, row in self._locate(indices):
+            maps = self._map(shard)
+            start = maps["caption_end"][row - 1] if row else 0
+            texts.append(maps["caption"][start : maps["caption_end"][row]].tobytes().decode())
+        return texts
+
+    def verify(self) -> None:
+        """Compares every shard with its sha256. Raises ValueError naming the first that differs."""
+        for shard in self.meta["shards"]:
+            if sha256(self.folder / shard["file"]) != shard["sha256"]:
+                raise ValueError(
+                    f"shard '{self.folder / shard['file']}' is damaged (sha256): delete the folder, write it again"
+                )
+
+    def _locate(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """(shard, row in it) of each index."""
+        rows = np.asarray(indices, dtype=np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} are not all within 0..{len(self) - 1}")
+        shards = np.searchsorted(self._ends, rows, side="right")
+        starts = np.concatenate([[0], self._ends])[shards]
+        return list(zip(shards.tolist(), (rows - starts).tolist(), strict=True))
+
+    def _map(self, shard: int) -> dict[str, np.ndarray]:
+        """Arrays of one shard, mapped; nothing is read before it is indexed."""
+        if shard not in self._maps:
+            path = self.folder / self.meta["shards"][shard]["file"]
+            data = np.asarray(np.memmap(path, np.uint8, mode="r"))  # indexing a np.memmap itself costs twice the time
+            self._maps[shard] = {name: _view(data, field) for name, field in self._headers[shard].items()}
+        return self._maps[shard]
+
+    def _checked_header(self, shard: dict[str, Any]) -> dict[str, Field]:
+        """Header of one shard. Raises ValueError if its tensors are not those of `meta.json`."""
+        path = self.folder / shard["file"]
+        header = read_header(path, size=shard["bytes"])
+        for name, field in self.meta["tensors"].items():
+            shape = () if name == "caption" else (shard["rows"], *field["shape"])
+            found = header.get(name)
+            if found is None or found.dtype != field["dtype"] or (shape and found.shape != shape):
+                raise ValueError(
+                    f"shard '{path}' has {found} for tensor '{name}', but {META} says {field}: write it again"
+                )
+        return header
+
+
+class ShardRows(RowDataset):
+    """Rows of a folder with tensors `image` uint8 (n,3,S,S) and `label` int64 (n,), and captions where it has them.
+
+    `flip` mirrors rows by the coin of (seed, epoch, row). Errors as in `Shards`.
+    """
+
+    def __init__(
+        self, folder: Path | str, *, expect: Mapping[str, Any] | None = None, flip: bool = False, seed: int = 0
+    ) -> None:
+        self.shards = Shards(folder, expect=expect)
+        if missing := {"image", "label"} - set(self.shards.meta["tensors"]):
+            raise ValueError(f"'{folder}' holds {list(self.shards.meta['tensors'])}, but no {sorted(missing)}")
+        self.flip, self.seed = flip, seed
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitems__(self, keys: Sequence[RowKey]) -> Batch:
+        indices = [key.index for key in keys]
+        images = self.shards.gather("image", indices)  # (B, 3, S, S)
+        if self.flip:
+            for image, key in zip(images, keys, strict=True):  # one by one: a mask costs sixteen times the time
+                if coin(self.seed, key):
+                    image.copy_(flip_horizontal(image, True))
+        batch: Batch = {"image": images, "label": self.shards.gather("label", indices)}
+        if self.shards.has_captions:
+            batch["caption"] = self.shards.captions(indices)
+        return batch
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """`meta.json` of a finished folder. Raises ValueError when there is none or it is no such file."""
+    if not (folder / META).exists():
+        state = "is unfinished: run what writes it again" if (folder / PLAN).exists() else "is no folder of shards"
+        raise ValueError(f"'{folder}' {state} ({META} is missing)")
+    return _read_json(folder / META)
+
+
+def read_header(path: Path, *, size: int) -> dict[str, Field]:
+    """Tensors of a safetensors file, from its header. Raises ValueError unless it has `size` bytes and they fit."""
+    cure = "delete the folder and write it again"
+    if not path.exists():
+        raise ValueError(f"shard '{path}' is missing: {cure}")
+    found = path.stat().st_size
+    if found != size:
+        raise ValueError(f"shard '{path}' has {found} bytes instead of {size}: {cure}")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, size))
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        header = {name: _field(entry, start=8 + length, size=size) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"shard '{path}' is damaged in its header: {cure}") from error
+    return header
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _field(entry: dict[str, Any], *, start: int, size: int) -> Field:
+    """A header entry, checked against the file's size: a wrong one would map bytes of another tensor."""
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[entry["dtype"]][0]).itemsize
+    if not 0 <= begin <= end <= size - start or end - begin != nbytes:
+        raise ValueError(f"{entry} does not fit into {size} bytes")
+    return Field(entry["dtype"], shape, start + begin)
+
+
+def _view(data: np.ndarray, field: Field) -> np.ndarray:
+    dtype = np.dtype(DTYPES[field.dtype][0])
+    nbytes = int(np.prod(field.shape, dtype=np.int64)) * dtype.itemsize
+    return data[field.offset : field.offset + nbytes].view(dtype).reshape(field.shape)
+
+
+def _packed(captions: Sequence[str]) -> dict[str, Tensor]:
+    encoded = [caption.encode() for caption in captions]
+    joined = np.frombuffer(b"".join(encoded), np.uint8).copy()
+    return {"caption": torch.from_numpy(joined), "caption_end": torch.tensor([len(text) for text in encoded]).cumsum(0)}
+
+
+def _check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            cure = "use another folder, or delete this one to write it again"
+            raise ValueError(f"'{folder}' was made with {name}={there.get(name)!r}, but {value!r} is asked for: {cure}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged ({error}): delete the folder and write it again") from error
+
+
+def _replace_json(path: Path, value: Mapping[str, Any]) -> None:
+    with _replacing(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file of its own to write to, which becomes `path` when all went well: nobody ever sees a part of `path`."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
