@@ -119,36 +119,37 @@ class ImageData(BatchData):
             self._fill_cache()
             rows = self._open_cache()
         else:
-            rows = list((self._open_streams() if self.streaming else self._open_source()).values())
+            rows = self._open_streams() if self.streaming else [part for _, part in self._open_source()]
         return rows[0], rows[1] if len(rows) > 1 else None
 
-    def _open_source(self) -> dict[str, ImageRows]:
-        """Rows of each split that can be read in any order, the training split first."""
+    def _open_source(self) -> list[tuple[str, ImageRows]]:
+        """Names and rows of the splits, readable in any order; the training split first."""
         splits = open_splits(self.source, cache_dir=self.cache_dir)
-        stores: dict[str, FileStore | ArrowStore] = {}
-        for name in self._split_names(list(splits)):
-            classes = next(iter(stores.values())).class_names if stores else None
+        names = self._split_names(list(splits))
+        stores: list[FileStore | ArrowStore] = []
+        for name in names:
+            classes = stores[0].class_names if stores else None
             options = {"columns": self.columns, "num_classes": self.num_classes, "class_names": classes}
-            stores[name] = open_store(splits[name], self.source, **options)
-        self._read_classes(list(stores.values()))
-        rows = {name: self._rows(store, training=i == 0) for i, (name, store) in enumerate(stores.items())}
-        for part in rows.values():
+            stores.append(open_store(splits[name], self.source, **options))
+        self._read_classes(stores)
+        rows = [self._rows(store, training=i == 0) for i, store in enumerate(stores)]
+        for part in rows:
             self._check(part)
-        return rows
+        return list(zip(names, rows, strict=True))
 
-    def _open_streams(self) -> dict[str, StreamRows]:
-        """Rows of each split that are read front to back, the training split first."""
+    def _open_streams(self) -> list[StreamRows]:
+        """Rows of each split that are read front to back; the training split first."""
         splits = open_streams(self.source, cache_dir=self.cache_dir)
-        stores = {}
+        stores = []
         for i, name in enumerate(self._split_names(list(splits))):
             options = {"columns": self.columns, "num_classes": self.num_classes, "cache_dir": self.cache_dir}
             stated = self.shard_rows if i == 0 else None  # it speaks of the training shards
-            stores[name] = open_stream_store(splits[name], self.source, shard_rows=stated, **options)
-        self._read_classes(list(stores.values()))
-        return {
-            name: StreamRows(self._rows(store, training=i == 0), store, shuffle_buffer=self.shuffle_buffer)
-            for i, (name, store) in enumerate(stores.items())
-        }
+            stores.append(open_stream_store(splits[name], self.source, shard_rows=stated, **options))
+        self._read_classes(stores)
+        return [
+            StreamRows(self._rows(store, training=i == 0), store, shuffle_buffer=self.shuffle_buffer)
+            for i, store in enumerate(stores)
+        ]
 
     def _cached_splits(self) -> list[str]:
         """Splits whose crop cache is complete. The training split is written last: where it is, all are."""
@@ -159,12 +160,12 @@ class ImageData(BatchData):
         """Crops every image once, unless that is done; goes on where an interrupted run stopped."""
         if find_split(self._cached_splits(), self.split) is not None:
             return
-        rows = self._open_source()
+        splits = self._open_source()
         info = {"class_names": self.class_names, "num_classes": self.num_classes}
-        for name in reversed(list(rows)):
-            rows[name].flip = rows[name].draw_caption = False  # what is random stays so: it is drawn when rows are read
+        for name, rows in reversed(splits):
+            rows.flip = rows.draw_caption = False  # what is random stays so: it is drawn when rows are read
             folder = self.crop_cache / name
-            write_crop_cache(rows[name], folder, self._key(name), info=info, num_workers=self.num_workers)
+            write_crop_cache(rows, folder, self._key(name), info=info, num_workers=self.num_workers)
 
     def _open_cache(self) -> list[RowDataset]:
         names = self._split_names(self._cached_splits())
