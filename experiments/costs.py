@@ -1,0 +1,151 @@
+"""Counts a recipe on the meta device: FLOPs of training and sampling, bytes that the backward pass keeps.
+
+Two FLOPs per multiply-accumulate of matmuls, convolutions and attention. Any GenerativeModule will do whose
+`training_loss` and `sample` read no value of a tensor on the host; nothing is computed and no GPU is needed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from experiments.load import instantiate
+from lightning_modules.base import GenerativeModule
+from lightning_modules.callbacks.throughput import count_flops
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+# What torch.compile's partitioner saves, over the inputs and outputs of matmuls and attention: 117.1/99.1 MB per image
+# of JiT-B/16, 309.0/261.7 MB of L/16 (bf16, torch 2.15)
+COMPILED_KEEPS = 1.18
+
+
+class Activations(NamedTuple):
+    """Bytes kept for the backward pass: per image by eager code, per image by compiled code (an estimate), and,
+    whatever the batch, the low-precision copies of the weights that autocast makes."""
+
+    eager: float
+    compiled: float
+    weight_copies: float
+
+
+class Storages:
+    """A set of tensors' memory: views count once, `known` ones not at all."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._held: dict[int, torch.UntypedStorage] = {}  # held, because the address of a freed one is used again
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._held[storage._cdata] = storage
+        return tensor
+
+    def nbytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._held.values())
+
+
+class MatmulTensors(TorchDispatchMode):
+    """Collects what enters and leaves matmuls, convolutions and attention: the rest is cheap to compute again."""
+
+    OPS = frozenset({*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu})
+
+    def __init__(self, found: Storages) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in self.OPS:
+            for leaf in tree_leaves((args, kwargs, out)):
+                if isinstance(leaf, Tensor):
+                    self.found.add(leaf)
+        return out
+
+
+def build(config: dict[str, Any]) -> GenerativeModule:
+    """The module of a merged recipe, on the meta device."""
+    with torch.device("meta"):
+        module = instantiate(config["model"], "model")
+    return module.to("meta")
+
+
+def fake_batch(module: GenerativeModule, size: int, device: str) -> dict[str, Tensor]:
+    """A batch of `size` black images of class 0."""
+    side = module.tokenizer.image_size
+    image = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
+    return {"image": image, "label": torch.zeros(size, dtype=torch.int64, device=device)}
+
+
+def count_activations(config: dict[str, Any]) -> Activations:
+    """With fake tensors, which have shapes and types but no memory, and which autocast treats as it does real ones."""
+    precision = config["trainer"].get("precision", "32-true")
+    with FakeTensorMode():
+        module = instantiate(config["model"], "model").train()
+        (eager_1, matmul_1), (eager_2, matmul_2) = (_kept_bytes(module, size, precision) for size in (1, 2))
+    eager = eager_2 - eager_1
+    return Activations(eager, min(eager, COMPILED_KEEPS * (matmul_2 - matmul_1)), max(0, eager_1 - eager))
+
+
+def _kept_bytes(module: GenerativeModule, size: int, precision: str) -> tuple[int, int]:
+    """What one forward pass of `size` images keeps: all that autograd saves, and tensors of matmuls alone."""
+    saved, matmuls = (Storages([*module.parameters(), *module.buffers()]) for _ in range(2))
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor)
+    autocast = torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+    with hooks, MatmulTensors(matmuls), autocast:
+        module.training_loss(fake_batch(module, size, "cpu"))
+    return saved.nbytes(), matmuls.nbytes()
+
+
+def training_flops(module: GenerativeModule) -> tuple[float, float]:
+    """FLOPs per image of the loss, and of a training step: three forwards, but one of a frozen tokenizer."""
+    batch = fake_batch(module, 2, "meta")
+    with torch.no_grad():
+        forward = count_flops(lambda: module.training_loss(batch)) / 2
+        frozen = count_flops(lambda: module.tokenizer(batch)) / 2 if module.tokenizer.frozen else 0.0
+    return forward, 3 * (forward - frozen) + frozen
+
+
+def sampling_flops(module: GenerativeModule) -> int:
+    """FLOPs of one image by the module's sampler and its settings.
+
+    A network that is called again with the same shapes is not run again, its count is added once more: a sampler runs
+    hundreds of times what takes a second even without arithmetic.
+    """
+    repeated = 0
+
+    def counted_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+        seen: dict[str, tuple[Any, int]] = {}
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal repeated
+            key = repr(tree_map(_signature, (args, kwargs)))
+            if key in seen:
+                repeated += seen[key][1]
+                return seen[key][0]
+            before = repeated
+            with FlopCounterMode(display=False) as counter:
+                out = forward(*args, **kwargs)
+            seen[key] = (out, counter.get_total_flops() + repeated - before)
+            return out
+
+        return call
+
+    parts = module.compiled_modules()
+    for part in parts:
+        part.forward = counted_once(part.forward)
+    try:
+        return count_flops(lambda: module.sample([0])) + repeated
+    finally:
+        for part in parts:
+            del part.forward  # the class's own again
+
+
+def _signature(value: Any) -> Any:
+    """What a result on the meta device depends on."""
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
