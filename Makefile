@@ -25,6 +25,8 @@ CFG ?=
 METRIC ?=
 FINAL ?=
 GPU ?= h100
+GPUS ?=
+MFU ?=
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -84,11 +86,12 @@ sweep: $(READY)  ## score guidance scales and averages: CFG=1:4:0.5 EMA=0.9999,0
 stats: $(READY)  ## reference statistics of EXP's data: SPLIT=train EXTRACTOR=inception OUT=stats/x.npz
 	$(need_exp)@$(PY) -m experiments.stats --exp "$(strip $(EXP))" --split "$(SPLIT)" $(call opt,extractor,$(EXTRACTOR)) $(call opt,devices,$(DEVICES)) $(call opt,out,$(OUT)) $(ARGS)
 
-plan: $(READY)  ## parameters, memory, FLOPs and hours of EXP on GPU=h100, before a GPU is paid for
-	$(need_exp)@$(PY) -m experiments.plan --exp "$(strip $(EXP))" --gpu "$(GPU)" $(ARGS)
+plan: $(READY)  ## parameters, memory, FLOPs and hours of EXP on GPU=h100 GPUS=8 MFU=0.4, before a GPU is paid for
+	$(need_exp)@$(PY) -m experiments.plan --exp "$(strip $(EXP))" --gpu "$(GPU)" $(call opt,gpus,$(GPUS)) $(call opt,mfu,$(MFU)) $(ARGS)
 
-claims: $(READY)  ## make docs/claims.md anew: every claim of a paper that can be tried here
-	@$(PY) -m benchmarks.claims.ledger $(ARGS)
+claims: $(READY)  ## try every claim of the papers anew and write docs/claims.md: under an hour on 2 cores
+	@$(PY) -m benchmarks.claims.jit_toy $(ARGS)
+	@$(PY) -m benchmarks.claims.jit_prediction $(ARGS)
 
 smoke: $(READY)  ## EXP shrunken, on synthetic data and CPU: train, resume, sample in seconds
 	$(need_exp)@$(PY) -m tests.smoke "$(strip $(EXP))"

@@ -156,6 +156,6 @@ def test_make_passes_values_and_exit_codes_on():
 
 def test_make_help_explains_every_target():
     text = make("help").stdout
-    targets = ["setup", "train", "sample", "export", "smoke", "test", "test-slow", "test-gpu", "lint", "bench"]
-    for target in [*targets, "tensorboard"]:
+    targets = ["setup", "train", "sample", "export", "eval", "sweep", "stats", "plan", "claims", "smoke", "tensorboard"]
+    for target in [*targets, "test", "test-slow", "test-gpu", "lint", "bench"]:
         assert f"make {target} " in text
