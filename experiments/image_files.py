@@ -3,7 +3,8 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ class ImageSet:
 
     def __init__(self, paths: list[Path] | None, array: np.ndarray | None) -> None:
         self.paths, self.array = paths, array
+        self.shape = _read(paths[0]).shape if array is None else array.shape[1:]  # (H, W, 3)
 
     def __len__(self) -> int:
         return len(self.array if self.paths is None else self.paths)
@@ -30,8 +32,8 @@ class ImageSet:
             return torch.from_numpy(self.array[index.numpy()]).permute(0, 3, 1, 2).contiguous()
         images = [_read(self.paths[i]) for i in index.tolist()]
         for i, image in zip(index.tolist(), images, strict=True):
-            if image.shape != images[0].shape:
-                raise ValueError(f"'{self.paths[i]}' is of another size than '{self.paths[int(index[0])]}'")
+            if image.shape != self.shape:
+                raise ValueError(f"'{self.paths[i]}' is of another size than '{self.paths[0]}'")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -41,7 +43,7 @@ def read_images(path: Path) -> tuple[ImageSet, Tensor | None]:
     Raises FileNotFoundError or ValueError if there is nothing of the kind.
     """
     if path.is_dir():
-        paths = sorted(path.rglob("*.png"))
+        paths = sorted(file for file in path.rglob("*.png") if file.name != "grid.png")  # make sample's overview
         if not paths:
             raise FileNotFoundError(f"no PNG files in '{path}' (IMAGES=)")
         named = [re.search(r"_label(\d+)\.png$", path.name) for path in paths]
@@ -51,16 +53,22 @@ def read_images(path: Path) -> tuple[ImageSet, Tensor | None]:
     try:
         with np.load(path, allow_pickle=False) as file:
             array, labels = file["arr_0"], file["labels"] if "labels" in file.files else None
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"'{path}' is no npz with an array arr_0 ({error})") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise ValueError(f"'{path}': arr_0 is {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
+    if not len(array):
+        raise ValueError(f"'{path}' holds no images")
+    if labels is not None and (labels.shape != (len(array),) or labels.dtype.kind not in "iu"):
+        raise ValueError(f"'{path}': labels are {labels.dtype} {labels.shape}, expected integers ({len(array)},)")
     return ImageSet(None, array), None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
 
 def _read(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
+            if image.mode not in ("RGB", "RGBA", "L", "P"):
+                raise ValueError(f"'{path}' is of mode {image.mode}: expected 8 bits a channel")
             return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise ValueError(f"'{path}' is no readable image ({error})") from error
@@ -75,7 +83,9 @@ class ImageWriter:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.parts = target.with_suffix(".parts") if target.suffix == ".npz" else None
+        self.parts = target.with_suffix(".parts") if target.suffix.lower() == ".npz" else None
+        if target.is_file():
+            raise ValueError(f"'{target}' exists already (SAVE=): give a new name")
         if target.is_dir() and any(target.rglob("*.png")):
             raise ValueError(f"'{target}' holds PNG files already (SAVE=): give a new folder")
         if self.parts and self.parts.exists():
@@ -103,10 +113,21 @@ class ImageWriter:
             return
         parts = [np.load(path) for path in sorted(self.parts.glob("*.npz"))]
         temporary = self.target.with_suffix(".part")
-        with open(temporary, "wb") as file:
-            np.savez(file, **{to: np.concatenate([p[of] for p in parts]) for to, of in _NPZ_NAMES.items()})
+        with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+            for to, of in _NPZ_NAMES.items():
+                _stream_array(archive, f"{to}.npy", [lambda part=part, of=of: part[of] for part in parts])
         os.replace(temporary, self.target)
         shutil.rmtree(self.parts)
+
+
+def _stream_array(archive: zipfile.ZipFile, name: str, parts: list[Callable[[], np.ndarray]]) -> None:
+    """One array from parts along its first axis, of which one is held at a time: 50,000 images of 512 px are 39 GB."""
+    first, count = parts[0](), sum(len(part()) for part in parts)
+    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False}
+    with archive.open(name, "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (count, *first.shape[1:])})
+        for part in parts:
+            file.write(np.ascontiguousarray(part()).tobytes())
 
 
 _NPZ_NAMES = {"arr_0": "image", "labels": "label"}

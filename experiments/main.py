@@ -104,7 +104,7 @@ def match_classes(experiment: str, argv: Sequence[str]) -> list[str]:
     """
     words = _joined(argv)
     changed = any(word.startswith("--data") for word in words)
-    if not changed or any(word.startswith("--model.init_args.num_classes=") for word in words):
+    if not changed or any(word.startswith("--model") and "num_classes" in word for word in words):
         return []
     words = [
         re.sub("^--(data|model)=", r"--\1.class_path=", word) for word in words if not word.startswith("--config=")

@@ -48,18 +48,31 @@ def _git(*words: str) -> str:
         return ""
 
 
+def earlier(folder: Path) -> list[dict[str, Any]]:
+    """Rows that a folder holds already; it is made if it is missing. Called before hours are spent on new ones.
+
+    Raises ValueError if the folder is a file or its results.json is damaged.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"OUT is '{folder}', which is a file: give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' is no JSON ({error}): move it away, or give another folder with OUT=") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"'{path}' holds no list of rows: move it away, or give another folder with OUT=")
+    return rows
+
+
 def append(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """Add rows to results.json and write results.csv anew from all of them; both atomically.
 
     Raises ValueError for a results.json that is damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    there = [*earlier(folder), *rows]
     path = folder / "results.json"
-    try:
-        there = json.loads(path.read_text()) if path.exists() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' is no JSON ({error}): move it away, or give another folder with OUT=") from error
-    there += rows
     _replace(path, json.dumps(there, indent=2) + "\n")
     columns = list(dict.fromkeys(name for row in there for name in row))
     part = folder / f"results.csv.{os.getpid()}.part"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experiments import results
 from experiments.errors import one_line_errors
-from experiments.evaluate import launch
+from experiments.evaluate import check_options, launch
 from experiments.load import instantiate, load_config
 from lightning_modules.extractors import make_extractor
 from lightning_modules.metrics import KNN_IMAGES, GenerationMetric
@@ -72,6 +72,8 @@ def main() -> None:
     out = options.out or Path("stats") / f"{options.exp}_{options.split}_{options.extractor}.npz"
     if out.suffix != ".npz":
         raise ValueError(f"OUT is '{out}': statistics are npz files")
+    check_options(options)
+    torch.backends.cudnn.allow_tf32 = False  # a reference is made once and used for years
     data = make_data(options, overrides)
     extractor = make_extractor(options.extractor, weights=options.inception)
     fabric = launch(options)

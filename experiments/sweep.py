@@ -7,6 +7,7 @@ plot of the metric over the scale to sweep.png. Figures of few and many images d
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ import lightning as L
 
 from experiments import recipes, results
 from experiments.errors import one_line_errors
-from experiments.evaluate import add_scoring, describe, launch, make_evaluation, score
+from experiments.evaluate import (
+    add_scoring,
+    check_module,
+    check_options,
+    describe,
+    launch,
+    make_evaluation,
+    prepared,
+    score,
+    split_overrides,
+)
 from experiments.sample import add_source, load
 from lightning_modules.evaluation import Evaluation
 from lightning_modules.paths import shown
@@ -43,7 +54,7 @@ def parse_scales(text: str) -> list[float]:
             scales = [round(first + i * step, 6) for i in range(count)] if step > 0 else []
         else:
             scales = [float(part) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         scales = []
     if not scales:
         raise ValueError(f"CFG is '{text}': give first:last:step such as 1:4:0.5, or a list such as 1,1.5,3")
@@ -76,15 +87,16 @@ def score_pair(
     fabric: L.Fabric,
     ema: str | None,
     cfg: float,
-) -> dict[str, Any]:
-    """The row of one average and one guidance scale."""
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The row of one average and one guidance scale, kept on disk, and the figures in it."""
     options.ema = ema
     module, source = load(options, [*overrides, f"--model.init_args.sampling.cfg_scale={cfg}"])
-    module.to(fabric.device)
-    if fabric.device.type == "cuda":
-        module.prepare_sampling()
+    figures = score(prepared(module, fabric), evaluation, options, fabric)
     row = {"experiment": options.exp, "weights": source, "ema": ema or "first", "cfg_scale": cfg}
-    return row | score(module, evaluation, options, fabric) | describe(options, evaluation, module)
+    row |= figures | describe(options, evaluation, module)
+    if fabric.is_global_zero:  # at once: a search takes hours
+        results.append([row], options.out)
+    return row, figures
 
 
 def plot(rows: Rows, metric: str, path: Path) -> None:
@@ -107,35 +119,43 @@ def plot(rows: Rows, metric: str, path: Path) -> None:
 @one_line_errors
 def main() -> None:
     options, overrides = parse()
+    check_options(options)
+    if options.final < 0:
+        raise ValueError(f"FINAL is {options.final}: give the images for the best pair, or 0 to stop after the search")
     scales, averages = parse_scales(options.cfg), options.ema.split(",") if options.ema else [None]
-    evaluation = make_evaluation(options)
+    options.out = options.out or recipes.RUNS / options.exp / "sweep"
+    results.earlier(options.out)
+    data_overrides, overrides = split_overrides(overrides)
+    evaluation = make_evaluation(options, data_overrides)
     for ema in averages:  # an average that is not there is an error before the first image
         options.ema = ema
-        load(options, overrides)
+        check_module(load(options, overrides)[0], evaluation, options.exp)
     fabric = launch(options)
-    folder = options.out or recipes.RUNS / options.exp / "sweep"
-    rows = [score_pair(options, overrides, evaluation, fabric, ema, cfg) for ema in averages for cfg in scales]
-    metric = choose_metric(rows[0], options.metric)
+    rows, metric = [], ""
+    for ema, cfg in product(averages, scales):
+        row, figures = score_pair(options, overrides, evaluation, fabric, ema, cfg)
+        metric = metric or choose_metric(figures, options.metric)  # a name that was not measured ends the first pair
+        rows.append(row)
     best = best_row(rows, metric)
-    final = []
+    if fabric.is_global_zero:
+        report(rows, best, metric, options.out)
     if options.final:
         evaluation.num_images = options.final
-        final = [score_pair(options, overrides, evaluation, fabric, _name(best["ema"]), best["cfg_scale"])]
-    if not fabric.is_global_zero:
-        return
-    results.append([*rows, *final], folder)
+        average = None if best["ema"] == "first" else best["ema"]
+        final, _ = score_pair(options, overrides, evaluation, fabric, average, best["cfg_scale"])
+        if fabric.is_global_zero:
+            title = f"{options.exp}: the best, {options.final} images"
+            results.show([final], title=title, folder=options.out)
+
+
+def report(rows: Rows, best: dict[str, Any], metric: str, folder: Path) -> None:
+    """Table, plot and the pair that was found."""
     plot(rows, metric, folder / "sweep.png")
-    columns = ("ema", "cfg_scale")
-    results.show(rows, title=f"{options.exp}: {rows[0]['num_images']} images each", folder=folder, columns=columns)
+    title = f"{rows[0]['experiment']}: {rows[0]['num_images']} images each"
+    results.show(rows, title=title, folder=folder, columns=("ema", "cfg_scale"))
     print(
         f"best by {metric}: average {best['ema']}, cfg_scale {best['cfg_scale']}; plot in {shown(folder / 'sweep.png')}"
     )
-    if final:
-        results.show(final, title=f"{options.exp}: the best, {options.final} images", folder=folder)
-
-
-def _name(ema: str) -> str | None:
-    return None if ema == "first" else ema
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Scoring a module: draw the images of a set once, and take every figure from them. Used by the callback `fid`, by
-`make eval` and by `make sweep`, so that a curve of a training run and a table are the same figures.
+"""Scoring a module: draw the images of a set once, and take every figure from them.
+
+Used by the callback `fid`, by `make eval` and by `make sweep`, so that a curve of a training run and a table mean the
+same (up to the float type that images are drawn in).
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +13,7 @@ from torch import Tensor
 from lightning_modules.base import sum_over_ranks
 from lightning_modules.extractors import Extractor
 from lightning_modules.generate import Drawn
-from lightning_modules.metrics import KNN_IMAGES, GenerationMetric
+from lightning_modules.metrics import GenerationMetric
 from lightning_modules.reference import Reference
 
 Judge = Callable[[Tensor, Tensor], dict[str, float]]  # uint8 images (B, 3, H, W), labels (B,) -> means over them
@@ -25,11 +27,12 @@ class Evaluation:
     extractor: Extractor | None = None
     reference: Reference | None = None
     judge: Judge | None = None
-    knn_images: int = KNN_IMAGES  # whose features are kept for precision, recall, density, coverage and KID
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise ValueError(f"the number of images is {self.num_images}: it must be positive")
+        if self.extractor is not None and self.num_images < 2:
+            raise ValueError("one image has no covariance: a distance needs at least two (NUM=, fid.num_images)")
         if self.reference is not None and self.extractor is None:
             raise ValueError("statistics are given but no extractor to compare with them: name one (EXTRACTOR=)")
 
@@ -54,7 +57,7 @@ class Evaluation:
         wants_rows = self.reference is not None and (
             self.reference.features is not None or self.reference.images is not None
         )
-        keep = self.knn_images if wants_rows else 0
+        keep = self.num_images if wants_rows else 0  # all of them, as ADM's evaluator has it
         return GenerationMetric(self.extractor, num_images=self.num_images, keep_features=keep).to(device)
 
     def _resolved(self, device: torch.device | str) -> Reference | None:

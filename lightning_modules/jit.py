@@ -188,6 +188,7 @@ class JiTModule(GenerativeModule):
         num_images=50_000,
         num_classes=1000,
         statistics={256: "jit_in256_stats.npz", 512: "jit_in512_stats.npz"},
+        weights=("0.9999", "model_ema1"),
         note="50 images per class, first average, guidance and interval of the recipe; FID against the whole ImageNet "
         "training set in ADM's crop, not flipped (jit_in256_stats.npz, jit_in512_stats.npz), from PNG files",
     )

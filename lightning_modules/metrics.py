@@ -22,14 +22,15 @@ from lightning_modules.scores import (
     precision_recall,
 )
 
-KNN_IMAGES = 10_000  # as many as ADM's reference holds
+KNN_IMAGES = 10_000  # real images in precision, recall, density and coverage, as many as ADM's reference holds
+KNN_LEAST = 10  # below it neighbours say nothing
 
 
 class GenerationMetric(Metric):
     """Accumulates features of images; `compute` gives means over all processes, the same on each.
 
-    `keep_features`: how many images' features to keep, for KID and the neighbour figures (evenly spread over the
-    indices); 0 keeps none. Images of an index that was seen before (padding of a last batch) are left out.
+    `keep_features`: the most images whose features are kept, evenly spread over the indices; 0 keeps none. Images of
+    an index that was seen before (padding of a last batch) are left out.
     """
 
     full_state_update = False
@@ -38,7 +39,9 @@ class GenerationMetric(Metric):
         # torchmetrics' own gather would hold a covariance per process: sums are reduced here instead
         super().__init__(sync_on_compute=False, compute_with_cache=False)
         self.extractor = extractor
-        self.stride = max(1, num_images // keep_features) if keep_features else 0
+        if keep_features < 0:
+            raise ValueError(f"the number of images whose features are kept is {keep_features}: 0 keeps none")
+        self.stride = -(-num_images // keep_features) if keep_features else 0
         dim = extractor.dim
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum")
@@ -66,7 +69,8 @@ class GenerationMetric(Metric):
         self._seen.update(index.tolist())
         if not fresh:
             return
-        index, images = index[fresh], images[fresh]
+        if len(fresh) < len(index):
+            index, images = index[fresh], images[fresh]
         features, logits = self.extractor(images)  # (n, d), (n, K)
         wide = features.double()
         self.count += len(index)
@@ -76,9 +80,9 @@ class GenerationMetric(Metric):
             self.index.append(index.to(logits.device))
             self.logits.append(logits)
         if self.stride:
-            chosen = index % self.stride == 0
+            chosen = [row for row, i in enumerate(index.tolist()) if i % self.stride == 0]
             self.kept_index.append(index[chosen].to(features.device))
-            self.kept.append(features[chosen.to(features.device)])
+            self.kept.append(features[chosen])
 
     def gathered(self) -> "GatheredFeatures":
         """Sums and rows of all processes."""
@@ -115,7 +119,7 @@ def figures(seen: GatheredFeatures, extractor: Extractor, reference: Reference |
         prefix = "is" if key == "fid" else f"is_{key.removeprefix('fd_')}"
         values[prefix], values[f"{prefix}_std"] = inception_score(seen.logits)
     real = None if reference is None else reference.features
-    if seen.kept is not None and real is not None:
+    if seen.kept is not None and real is not None and min(len(seen.kept), len(real)) >= KNN_LEAST:
         prefix = "kid" if key == "fid" else f"kd_{key.removeprefix('fd_')}"
         values[prefix], values[f"{prefix}_std"] = kernel_distance(seen.kept, real)
         values["precision"], values["recall"] = precision_recall(seen.kept, real)

@@ -7,11 +7,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Protocol:
-    """The published evaluation: how many images, of how many classes, against which statistics (by image size)."""
+    """The published evaluation: how many images, of how many classes, against which statistics (file name by image
+    size), with which weights."""
 
     num_images: int
     num_classes: int
     statistics: Mapping[int, str]
+    weights: tuple[str, ...]  # names of the average that was evaluated
     note: str
 
 
@@ -24,6 +26,7 @@ class Figure:
     num_classes: int
     image_size: int
     statistics: str | None
+    weights: str  # "first" average, or the name that was asked for
     changed: Mapping[str, Any]
 
 
@@ -43,5 +46,7 @@ def differences(figure: Figure, protocol: Protocol | None) -> list[str]:
         reasons.append(f"the paper has no statistics for {figure.image_size} pixels")
     elif figure.statistics != wanted:
         reasons.append(f"statistics {figure.statistics}, the paper used {wanted}")
+    if figure.weights not in ("first", *protocol.weights):
+        reasons.append(f"weights {figure.weights}, the paper's are the average {protocol.weights[0]}")
     reasons += [f"sampling.{name} is {value}, the recipe has another" for name, value in figure.changed.items()]
     return reasons

@@ -69,22 +69,40 @@ def load_reference(path: str | Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in ("mu", "sigma", "features", "arr_0", "about")}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' is no readable npz file of arrays ({error})") from error
     if missing := {"mu", "sigma"} - set(arrays):
         raise ValueError(f"'{path}' has no {' and no '.join(sorted(missing))}: it holds {sorted(arrays)}")
-    mu, sigma = torch.from_numpy(arrays["mu"]).double(), torch.from_numpy(arrays["sigma"]).double()
+    about = _about(arrays, path)
+    try:
+        mu, sigma = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
+    except TypeError as error:
+        raise ValueError(f"'{path}': mu and sigma are no numbers ({error})") from error
     _check_moments(mu, sigma, path)
     features, images = arrays.get("features"), arrays.get("arr_0")
+    if features is not None and (features.ndim != 2 or features.shape[1] != len(mu)):
+        raise ValueError(f"'{path}': features {features.shape} do not belong to mu ({len(mu)},)")
+    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
+        raise ValueError(f"'{path}': arr_0 is {images.dtype} {images.shape}, expected uint8 images (N, H, W, 3)")
     return Reference(
         mu,
         sigma,
         features=None if features is None else torch.from_numpy(features),
         images=None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2),
-        about=json.loads(str(arrays["about"])) if "about" in arrays else {},
+        about=about,
         path=str(path),
         sha256=file_sha256(path),
     )
+
+
+def _about(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(str(arrays["about"])) if "about" in arrays else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}': about is no JSON ({error})") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"'{path}': about is a {type(about).__name__}, expected a mapping")
+    return about
 
 
 def save_reference(reference: Reference, path: str | Path) -> None:
@@ -107,5 +125,7 @@ def _check_moments(mu: Tensor, sigma: Tensor, path: Path) -> None:
         raise ValueError(f"'{path}': mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} do not belong together")
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"'{path}' holds values that are not finite")
+    if (sigma.diagonal() < 0).any():
+        raise ValueError(f"'{path}': sigma has negative variances, so it is no covariance")
     if not torch.allclose(sigma, sigma.T, rtol=0, atol=1e-6 * float(sigma.abs().max())):
         raise ValueError(f"'{path}': sigma is not symmetric, so it is no covariance")

@@ -158,6 +158,35 @@ def test_statistics_by_two_processes_are_those_of_one(folder, tmp_path):
     assert torch.allclose(one.features, two.features, atol=1e-4), "features are in the order of the rows"
 
 
+def test_the_overview_of_make_sample_is_no_image_of_the_set(folder, plain, tmp_path):
+    for path in (folder / "png").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    Image.new("RGB", (60, 60)).save(tmp_path / "grid.png")
+    images, labels = read_images(tmp_path)
+    assert len(images) == 256 and labels.tolist() == sorted(labels.tolist())
+
+
+def test_one_process_of_torchrun_is_part_of_its_world(monkeypatch):
+    """Else each would be a world of its own, and both would write a row."""
+    asked = {}
+
+    class Fabric:
+        def __init__(self, **options):
+            asked.update(options)
+
+        def launch(self):
+            pass
+
+    monkeypatch.setattr(evaluate.L, "Fabric", Fabric)
+    options, _ = evaluate.parse([*SCORED, "--device", "cpu"])
+    evaluate.launch(options)
+    assert (asked["devices"], asked["num_nodes"], asked["strategy"]) == (1, 1, "auto")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    evaluate.launch(options)
+    assert (asked["devices"], asked["num_nodes"], asked["strategy"]) == (2, 2, "ddp")
+
+
 def test_sweep_chooses_the_best_pair_and_plots(folder, tmp_path, capsys):
     line = [*SCORED[:-1], "30", "--cfg", "1:2:1", "--ema", "0.995,raw", "--final", "40", "--out", str(tmp_path)]
     with chdir(folder):
@@ -177,6 +206,7 @@ def test_scales_of_a_sweep(text, scales):
     assert sweep.parse_scales(text) == scales
 
 
+FILES = ["--exp", "jit_digits", *SCORED[4:8]]
 MISTAKES = [
     (evaluate, [*MODEL, "--extractor", "randconv"], ["STATS=", "make stats EXP=jit_digits EXTRACTOR=randconv"]),
     (evaluate, [*MODEL, "--extractor", "randconv", "--stats", "no.npz"], ["no statistics at 'no.npz'", "make stats"]),
@@ -185,8 +215,31 @@ MISTAKES = [
     (evaluate, [*MODEL, "--extractor", "none"], ["cannot judge", "EXTRACTOR= and STATS="]),
     (evaluate, [*MODEL, "--extractor", "dino", "--stats", "real.npz"], ["unknown extractor 'dino'"]),
     (evaluate, [*SCORED, "--images", "png"], ["IMAGES=", "CKPT=", "one of them"]),
-    (evaluate, ["--exp", "jit_digits", *SCORED[4:], "--images", "nowhere"], ["nothing at 'nowhere'"]),
+    (evaluate, [*FILES, "--images", "nowhere"], ["nothing at 'nowhere'"]),
     (evaluate, [*SCORED, "--num", "0"], ["NUM is 0"]),
+    (evaluate, [*SCORED, "--num", "1"], ["one image has no covariance"]),
+    (evaluate, [*SCORED, "--devices", "-1"], ["DEVICES is -1"]),
+    (evaluate, [*SCORED, "--save", "real.npz"], ["real.npz", "exists already"]),
+    (evaluate, [*SCORED, "--out", "real.npz"], ["OUT is 'real.npz'", "a file"]),
+    (evaluate, [*SCORED, "--out", "damaged"], ["damaged/results.json", "no JSON"]),
+    (evaluate, [*MODEL, "--extractor", "none", "--stats", "real.npz"], ["STATS is 'real.npz'", "EXTRACTOR="]),
+    (evaluate, [*SCORED, "--model.init_args.sampling.steps=3"], ["steps", "num_steps"]),
+    (evaluate, [*FILES, "--images", "png", "--ema", "0.995"], ["EMA", "IMAGES="]),
+    (evaluate, [*FILES, "--images", "png", "--num", "3"], ["NUM is 3", "IMAGES="]),
+    (evaluate, [*FILES, "--images", "png", "--save", "x"], ["SAVE", "IMAGES="]),
+    (evaluate, [*FILES, "--images", "png", "--model.init_args.x=1"], ["--model.init_args.x=1", "IMAGES="]),
+    (evaluate, [*FILES, "--images", "large"], ["16x16", "32"]),
+    (evaluate, [*FILES, "--images", "mixed"], ["mixed/b.png", "another size"]),
+    (evaluate, [*FILES, "--images", "deep"], ["deep/a.png", "8 bits"]),
+    (evaluate, [*FILES, "--images", "empty.npz"], ["empty.npz", "no npz"]),
+    (evaluate, [*FILES, "--images", "none.npz"], ["none.npz", "no images"]),
+    (evaluate, [*FILES, "--images", "labels.npz"], ["labels.npz", "expected integers"]),
+    (sweep, [*SCORED, "--cfg", "1", "--batch_size", "0"], ["--batch_size is 0"]),
+    (sweep, [*SCORED, "--cfg", "1:inf:1"], ["CFG is '1:inf:1'"]),
+    (sweep, [*SCORED, "--cfg", "1", "--final", "-5"], ["FINAL is -5"]),
+    (sweep, [*SCORED, "--num", "2", "--cfg", "1", "--metric", "fidd"], ["METRIC is 'fidd'", "fd_randconv"]),
+    (stats, ["--exp", "jit_digits", "--extractor", "randconv", "--batch_size", "0"], ["--batch_size is 0"]),
+    (stats, ["--exp", "jit_digits", "--extractor", "randconv", "--features", "-1"], ["-1", "0 keeps none"]),
     (evaluate, [*SCORED, "--ema", "0.5"], ["no weights '0.5'", "0.995"]),
     (sweep, [*SCORED, "--cfg", "4:1:1"], ["CFG is '4:1:1'", "first:last:step"]),
     (sweep, [*SCORED, "--cfg", "1", "--ema", "0.7"], ["no weights '0.7'"]),
@@ -195,8 +248,27 @@ MISTAKES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def wrong_files(folder):
+    """Files that cannot be scored."""
+    with chdir(folder):
+        for name in ("png", "large", "mixed", "deep", "damaged"):
+            Path(name).mkdir(exist_ok=True)
+        for i in range(3):
+            Image.new("RGB", (32, 32)).save(f"large/{i}.png")
+        if not list(Path("png").iterdir()):
+            Image.new("RGB", (16, 16)).save("png/000000_label1.png")
+        Image.new("RGB", (16, 16)).save("mixed/a.png")
+        Image.new("RGB", (16, 18)).save("mixed/b.png")
+        Image.new("I;16", (16, 16)).save("deep/a.png")
+        Path("damaged/results.json").write_text("{")
+        Path("empty.npz").write_bytes(b"")
+        np.savez("none.npz", arr_0=np.zeros((0, 16, 16, 3), np.uint8))
+        np.savez("labels.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8), labels=np.zeros(2, np.int64))
+
+
 @pytest.mark.parametrize(("entry", "line", "parts"), MISTAKES, ids=lambda value: str(value)[-60:])
-def test_mistakes_are_one_line(entry, line, parts, folder, capsys, monkeypatch, tmp_path):
+def test_mistakes_are_one_line(entry, line, parts, folder, wrong_files, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with chdir(folder):
         assert_names(error_of(entry.main, line, capsys), parts)

@@ -15,7 +15,6 @@ from lightning_modules.callbacks.ema import EMA
 from lightning_modules.evaluation import Evaluation
 from lightning_modules.extractors import make_extractor
 from lightning_modules.generate import class_major_labels, draw_images
-from lightning_modules.metrics import KNN_IMAGES
 from lightning_modules.reference import load_reference
 
 
@@ -36,7 +35,6 @@ class FID(L.Callback):
         stats: str | None = None,
         inception: str | None = None,
         weights: str | None = None,
-        knn_images: int = KNN_IMAGES,
         seed: int = 0,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("num_images", num_images), ("batch_size", batch_size)):
@@ -44,7 +42,7 @@ class FID(L.Callback):
                 raise ValueError(f"fid.{name} is {value}: it must be positive")
         self.every_n_steps, self.num_images, self.batch_size = every_n_steps, num_images, batch_size
         self.extractor, self.stats, self.inception = extractor, stats, inception
-        self.which, self.knn_images, self.seed = weights, knn_images, seed
+        self.which, self.seed = weights, seed
         self.last: dict[str, float] = {}
         self._evaluation: Evaluation | None = None
         self._done_at = -1
@@ -53,10 +51,20 @@ class FID(L.Callback):
         """Missing weights or statistics are an error before the first step, not at the first evaluation."""
         if self.every_n_steps is None:
             return
+        self._done_at = trainer.global_step
+        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
+        if self.which not in (None, "raw", *(ema.names if ema else [])):
+            raise ValueError(
+                f"fid.weights is {self.which}: there are raw{''.join(f', {n}' for n in (ema.names if ema else []))}"
+            )
         judge = getattr(trainer.datamodule, "score_samples", None)
         if self.extractor and not self.stats:
             raise ValueError(
                 f"fid.extractor is {self.extractor} and fid.stats is missing: make stats makes such a file"
+            )
+        if self.stats and not self.extractor:
+            raise ValueError(
+                f"fid.stats is {self.stats} and fid.extractor is null: name the extractor it was made with"
             )
         if not self.extractor and judge is None:
             raise ValueError("fid.extractor is null, and this data cannot judge images by itself: name an extractor")
@@ -69,7 +77,6 @@ class FID(L.Callback):
             extractor.to(pl_module.device) if extractor else None,
             reference,
             judge,
-            self.knn_images,
         )
         if reference is not None and trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             text = f"{extractor.key} against {reference.path} (sha256 {reference.sha256}), {self.num_images} images"
@@ -82,10 +89,13 @@ class FID(L.Callback):
         if step % self.every_n_steps == 0 or step >= trainer.estimated_stepping_batches:
             self._done_at = step
             self.last = self._score(trainer, pl_module)
-            pl_module.log_dict({f"val/{name}": value for name, value in self.last.items()}, batch_size=1)
+            values = {f"val/{name}": value for name, value in self.last.items()}
+            pl_module.log_dict(values, batch_size=1, logger=False)
+            for logger in trainer.loggers:  # by hand: log_dict would write at the logging interval only
+                logger.log_metrics(values, step=step)
             if trainer.is_global_zero:
-                values = "  ".join(f"{name} {value:.4g}" for name, value in self.last.items())
-                print(f"step {step}  {values}", flush=True)
+                line = "  ".join(f"{name} {value:.4g}" for name, value in self.last.items())
+                print(f"step {step}  {line}", flush=True)
 
     @torch.no_grad()
     def _score(self, trainer: L.Trainer, pl_module: GenerativeModule) -> dict[str, float]:

@@ -15,6 +15,12 @@ def test_every_byte_survives_the_way_to_floats_and_back():
     assert torch.equal(to_uint8(floats), values)
 
 
+def test_the_eight_bits_of_the_papers():
+    """v = 127.5 (x + 1), clipped, rounded half to even."""
+    values = torch.tensor([-1.02, -1, -0.0039, 0, 0.5, 1, 1.02])
+    assert to_uint8(values).tolist() == [0, 0, 127, 128, 191, 255, 255]
+
+
 def test_halves_round_to_even():
     halves = torch.arange(255) + 0.5
     images = halves / 127.5 - 1

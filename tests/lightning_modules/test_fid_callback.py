@@ -4,6 +4,7 @@ from contextlib import chdir
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments import evaluate, main, stats
 from lightning_modules.weights import read_torch
@@ -29,6 +30,8 @@ def test_the_callback_and_make_eval_agree_and_training_is_left_alone(tmp_path):
         trained = main.cli([*FIT, *FID, "--fid.stats=real.npz"])
         line = ["--exp", "jit_digits", "--ckpt", "last", "--extractor", "randconv", "--stats", "real.npz"]
         call(evaluate.main, *line, "--num", "24", "--batch_size", "10", "--out", "out")
+    events = EventAccumulator(str(next((tmp_path / "with" / "runs" / "jit_digits").iterdir()))).Reload()
+    assert [event.step for event in events.Scalars("val/fd_randconv")] == [4, 8], "whatever the logging interval is"
     logged = {name: float(value) for name, value in trained.trainer.callback_metrics.items()}
     (row,) = rows(tmp_path / "with" / "out")
     for name in ("fd_randconv", "precision", "coverage", "n"):
@@ -42,6 +45,8 @@ def test_the_callback_and_make_eval_agree_and_training_is_left_alone(tmp_path):
     [
         (["--fid.extractor=null"], "cannot judge images by itself"),
         (["--fid.extractor=randconv"], "fid.stats is missing"),
+        (["--fid.extractor=null", "--fid.stats=x.npz"], "fid.extractor is null"),
+        (["--fid.weights=0.5"], "fid.weights is 0.5: there are raw, 0.995"),
     ],
 )
 def test_a_callback_that_could_measure_nothing_is_refused(line, text, tmp_path):

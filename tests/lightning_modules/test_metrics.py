@@ -88,10 +88,19 @@ def test_reset_forgets_all():
     )
 
 
-def test_kept_features_are_spread_over_the_images():
-    metric = GenerationMetric(WithLogits(), num_images=100, keep_features=25)
+@pytest.mark.parametrize(("keep", "step"), [(25, 4), (40, 3), (99, 2), (100, 1), (500, 1)])
+def test_kept_features_are_spread_over_the_images_and_no_more_than_asked_for(keep, step):
+    metric = GenerationMetric(WithLogits(), num_images=100, keep_features=keep)
     metric.update(pictures(100), torch.arange(100))
-    assert metric.kept_index[0].tolist() == list(range(0, 100, 4))
+    assert metric.kept_index[0].tolist() == list(range(0, 100, step))
+    assert len(metric.kept_index[0]) <= keep
+
+
+def test_too_few_images_have_no_neighbour_figures():
+    figures = measured(pictures(5), [torch.arange(5)], keep=5, against=reference())
+    assert set(figures) == {"n", "fd_toy"}
+    with pytest.raises(ValueError, match="features are kept is -1"):
+        GenerationMetric(WithLogits(), num_images=5, keep_features=-1)
 
 
 def test_a_metric_that_was_cast_is_refused():
@@ -105,9 +114,9 @@ def test_too_few_images_for_an_inception_score_give_none():
     assert not any(key.startswith("is") for key in measured(pictures(9), [torch.arange(9)]))
 
 
-def _process(rank: int, world: int, port: int, folder: str) -> None:
+def _process(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
+    address = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     images = pictures(60)
     for name, batches in {"uneven": list(torch.arange(60).split(7))[rank::world], "one": None}.items():
@@ -118,8 +127,7 @@ def _process(rank: int, world: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    port = 29_500 + hash(str(tmp_path)) % 2000
-    mp.spawn(_process, (2, port, str(tmp_path)), nprocs=2)
+    mp.spawn(_process, (2, str(tmp_path)), nprocs=2)
     plain = measured(pictures(60), [torch.arange(60)], keep=60, against=reference())
     assert len(plain) == 10 and not any(math.isnan(value) for value in plain.values())
     for name in ("uneven", "one"):

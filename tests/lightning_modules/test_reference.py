@@ -55,6 +55,12 @@ def test_a_jit_file_has_moments_only(tmp_path, extractor):
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "do not belong together"),
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "not finite"),
         ({"mu": np.zeros(3), "sigma": np.eye(3) + np.eye(3, k=1) * 1e-3}, "not symmetric"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "negative variances"),
+        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "no numbers"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "about": "{"}, "about is no JSON"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "about": "[1]"}, "about is a list"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros((5, 4))}, "do not belong to mu"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "arr_0": np.zeros((5, 4, 4))}, "expected uint8 images"),
         ({"mu": np.array([object()]), "sigma": np.eye(1)}, "no readable npz"),  # pickled: not loaded
     ],
 )
@@ -69,8 +75,11 @@ def test_damaged_and_missing_files(tmp_path):
         load_reference(tmp_path / "none.npz")
     np.savez(tmp_path / "whole.npz", **moments(8))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:200])
-    with pytest.raises(ValueError, match="no readable npz"):
-        load_reference(tmp_path / "cut.npz")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("cut.npz", "empty.npz", "array.npy"):
+        with pytest.raises(ValueError, match="no readable npz"):
+            load_reference(tmp_path / name)
 
 
 def test_statistics_of_another_extractor_or_size(extractor):
