@@ -160,8 +160,11 @@ class BatchData(L.LightningDataModule, ABC):
         return self.ordered_loader("val", **self._share())
 
     def ordered_loader(self, split: Literal["train", "val"], *, rank: int = 0, world_size: int = 1) -> DataLoader:
-        """Rows rank, rank + world_size, ... of a split, as they stand: each row exactly once over all processes.
+        """Rows of a split for one of `world_size` processes, unshuffled: each row exactly once over all of them.
 
+        Process `rank` reads rows rank, rank + world_size, ... in that order; of a stream it reads a range of rows, and
+        its workers deal their batches in turn, so that the order depends on `num_workers`. Only that each row comes
+        once may be relied upon.
         Raises ValueError if there is no validation set.
         """
         rows = self._rows_of(split)

@@ -27,8 +27,11 @@ REPORT_SECONDS = 15.0
 def crop_key(
     source: str, split: str, image_size: int, *, columns: Mapping[str, Any] | None = None, exif: bool = True
 ) -> dict[str, Any]:
-    """What a crop cache was made from: entries of its `meta.json` that must agree when it is opened."""
-    columns = dict(columns or {})
+    """What a crop cache was made from: entries of its `meta.json` that must agree when it is opened.
+
+    A path counts as it is written, but for "~" and a slash at its end; where it leads is not asked.
+    """
+    columns, source = dict(columns or {}), str(Path(source).expanduser())
     return {"source": source, "split": split, "crop": "adm", "size": image_size, "columns": columns, "exif": exif}
 
 

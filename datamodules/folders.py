@@ -100,10 +100,7 @@ class FolderStore(FileStore):
     def _check(self, flat: list[str], by_class: dict[str, list[str]]) -> None:
         filled = [name for name, paths in by_class.items() if paths]
         if not flat and not filled:
-            unusable = [f", and {path!r} is not usable: {why}" for path, why in self.scan.unusable.items()][:1]
-            raise FileNotFoundError(
-                f"folder '{self.root}' holds no images: expected files {' '.join(SUFFIXES)}{''.join(unusable)}"
-            )
+            raise no_images(self.root, self.scan)
         if flat and filled:
             first = os.path.basename(flat[0])
             raise ValueError(
@@ -133,8 +130,27 @@ class FolderStore(FileStore):
 
 
 def count_class_folders(root: Path) -> int:
-    """Classes of a folder, from its own entries alone: 1 for a flat one."""
-    return 1 if list_images(root, Scan(), deep=False) else len(subfolders(root))
+    """Classes of a folder, from its own entries alone: 1 for a flat one. Raises FileNotFoundError for an empty one."""
+    scan = Scan()
+    if list_images(root, scan, deep=False):
+        return 1
+    if not (folders := subfolders(root)):
+        raise no_images(root, scan)
+    return len(folders)
+
+
+def no_images(root: Path, scan: Scan) -> FileNotFoundError:
+    """The error for a folder without images. What it holds instead tells the cure."""
+    text = f"folder '{root}' holds no images: expected files {' '.join(SUFFIXES)}"
+    for path, why in list(scan.unusable.items())[:1]:
+        text += f", and {path!r} is not usable: {why}"
+    below = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in sorted(names))
+    shard = next((path for path in below if path.endswith((".tar", ".parquet", ".arrow"))), "")
+    if shard.endswith(".tar"):
+        text += f"; it holds '{shard}', so set streaming=true (--data.init_args.streaming=true)"
+    elif shard:
+        text += f"; tables are looked for one folder deep only, so set source to a folder nearer to '{shard}'"
+    return FileNotFoundError(text)
 
 
 def subfolders(root: Path) -> list[str]:

@@ -2,7 +2,8 @@
 
 A row that cannot be used (a damaged image, a label or caption that is missing) is replaced by the next one that can,
 with one warning per row and process that names it. So the rows of a set, their order and a resume do not depend on the
-damage, and a run of weeks does not end with one truncated file. A set with many such rows is refused at the start.
+damage, and a run of weeks does not end with one truncated file. A set with many such rows is refused: at the start,
+where rows evenly spaced can be tried, and a stream as soon as that many were met.
 """
 
 import warnings
@@ -15,16 +16,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from datamodules.base import Batch, RowDataset
-from datamodules.decode import BadRowError, decode
+from datamodules.decode import MAX_PIXELS, BadRowError, decode
 from datamodules.folders import FileStore
 from datamodules.rows import RawRow, check_label, choose_caption
 from datamodules.sampler import RowKey, coin
 from datamodules.sources import ArrowStore
-from datamodules.transforms import center_crop, flip_horizontal, to_uint8_chw
+from datamodules.transforms import center_crop, flip_horizontal, size_before_crop, to_uint8_chw
 
 OnBad = Literal["skip", "error"]
 MAX_BAD_SHARE = 0.1  # of the rows of a source: beyond it the source is wrong, not a few of its rows
-TRIED_ROWS = 64  # read at the start, evenly spaced; half a second of photos
+TRIED_ROWS = 64  # read at the start, evenly spaced; half a second of photos. From so many on a share means something
 MAX_BAD_RUN = 100  # bad rows one after another: no damage of files, but a disk that is gone
 
 
@@ -43,6 +44,8 @@ class ImageRows(RowDataset):
     need_caption: whether a row without caption cannot be used.
     on_bad: "error" raises ValueError for a row that cannot be used, naming it; "skip" replaces it by the next one and
     notes it in `bad`. A label that is no class is an error always.
+    limit_bad: raise ValueError as soon as more than MAX_BAD_SHARE of the rows met in this process, at least TRIED_ROWS,
+    cannot be used; for rows of which `try_rows` cannot read a fair sample.
     """
 
     def __init__(
@@ -55,13 +58,15 @@ class ImageRows(RowDataset):
         seed: int = 0,
         exif: bool = True,
         on_bad: OnBad = "error",
+        limit_bad: bool = False,
         draw_caption: bool = False,
         need_caption: bool = False,
     ) -> None:
         self.store, self.image_size, self.num_classes = store, image_size, num_classes
         self.flip, self.seed, self.exif, self.on_bad = flip, seed, exif, on_bad
-        self.draw_caption, self.need_caption = draw_caption, need_caption
+        self.limit_bad, self.draw_caption, self.need_caption = limit_bad, draw_caption, need_caption
         self.bad: dict[int, str] = {}  # row -> why it cannot be used, as met in this process
+        self.met = 0  # rows that were tried in this process, whether they can be used or not
 
     def __len__(self) -> int:
         return len(self.store)
@@ -82,7 +87,9 @@ class ImageRows(RowDataset):
         if self.need_caption and not row.caption:
             raise BadRowError(f"{row.name} has no caption: add one or remove the row")
         label = check_label(row, self.num_classes)
-        image = to_uint8_chw(center_crop(decode(row.data, row.name, exif=self.exif), self.image_size))  # (3, S, S)
+        picture = decode(row.data, row.name, exif=self.exif)
+        _check_shape(row, picture.size, self.image_size)
+        image = to_uint8_chw(center_crop(picture, self.image_size))  # (3, S, S)
         image = flip_horizontal(image, self.flip and coin(self.seed, key))
         drawn = key if self.draw_caption else None
         return Item(image, label, None if row.caption is None else choose_caption(row.caption, self.seed, drawn))
@@ -93,6 +100,7 @@ class ImageRows(RowDataset):
             index = (key.index + step) % len(self)
             if index in self.bad:
                 continue
+            self.met += 1
             try:
                 return self.read(row if step == 0 else self.store.fetch([index])[0], key)
             except BadRowError as error:
@@ -104,6 +112,8 @@ class ImageRows(RowDataset):
             raise ValueError(str(error)) from error  # ValueError itself: a worker hands errors over by their name
         self.bad[index] = str(error)
         warnings.warn(f"{error}. The next row takes its place (on_bad=skip; number {len(self.bad)} here)", stacklevel=2)
+        if self.limit_bad and self.met >= TRIED_ROWS and len(self.bad) > MAX_BAD_SHARE * self.met:
+            raise ValueError(f"{len(self.bad)} of {self.met} rows that were read cannot be used, such as {error}")
 
 
 def report_scan(store: FileStore, *, on_bad: OnBad) -> None:
@@ -126,20 +136,31 @@ def report_scan(store: FileStore, *, on_bad: OnBad) -> None:
     rank_zero_warn(line)
 
 
-def try_rows(rows: ImageRows) -> None:
-    """Reads up to `TRIED_ROWS` rows, so that a wrong source fails before training and alike in every process.
+def try_rows(rows: ImageRows, indices: Sequence[int] | None = None, *, share: float = MAX_BAD_SHARE) -> None:
+    """Reads rows `indices`, else up to `TRIED_ROWS`: a wrong source fails before training and alike in every process.
 
-    Raises ValueError if many cannot be used, or one with on_bad="error".
+    Raises ValueError if more than `share` of them cannot be used, or one with on_bad="error".
     """
-    indices = np.unique(np.linspace(0, len(rows) - 1, TRIED_ROWS).astype(int)).tolist()
+    if indices is None:
+        indices = np.unique(np.linspace(0, len(rows) - 1, TRIED_ROWS).astype(int)).tolist()
     bad = []
     for index in indices:
         try:
             rows.read(rows.store.fetch([index])[0], RowKey(0, index))
         except BadRowError as error:
             bad.append(str(error))
-    if bad and (rows.on_bad == "error" or len(bad) > MAX_BAD_SHARE * len(indices)):
+    if bad and (rows.on_bad == "error" or len(bad) > share * len(indices)):
         raise ValueError(f"{len(bad)} of {len(indices)} rows that were tried cannot be used, such as {bad[0]}")
+
+
+def _check_shape(row: RawRow, size: tuple[int, int], image_size: int) -> None:
+    """Raises BadRowError for a picture so long and narrow that the crop would enlarge it beyond `MAX_PIXELS`."""
+    (width, height), (wide, high) = size, size_before_crop(*size, image_size)
+    if wide * high > MAX_PIXELS:
+        raise BadRowError(
+            f"{row.name} is {width} x {height}, which a crop of {image_size} enlarges to {wide} x {high}, more than the"
+            f" limit of {MAX_PIXELS:,} pixels: cut or remove it"
+        )
 
 
 def _count(number: int, noun: str, *, plural: str = "s") -> str:

@@ -10,6 +10,7 @@ from datamodules.folders import FileStore
 from datamodules.image_rows import ImageRows, OnBad
 from datamodules.images import ImageData
 from datamodules.sources import ArrowStore
+from datamodules.stream_counts import StatedRows
 
 
 class ImageTextData(ImageData):
@@ -18,7 +19,8 @@ class ImageTextData(ImageData):
     columns: {image: jpg, caption: txt}; {caption: [caption_a, caption_b]} takes one of both; {caption: .txt} reads
     a.txt beside a.png, one caption in a line; {label: ...} adds labels, which are left out otherwise. What it does not
     mention is guessed: a caption is called caption, captions, text or txt. Images are not flipped unless `flip`, since
-    captions tell left from right. Raises ValueError for a source without captions.
+    captions tell left from right. Streams (`streaming`, `shard_rows`, `shuffle_buffer`) are those of ImageData; a crop
+    cache is not, since it would keep one caption of each image. Raises ValueError for a source without captions.
     """
 
     need_caption = True
@@ -35,6 +37,9 @@ class ImageTextData(ImageData):
         flip: bool = False,
         exif: bool = True,
         on_bad: OnBad = "skip",
+        streaming: bool = False,
+        shard_rows: StatedRows | None = None,
+        shuffle_buffer: int = 1000,
         num_workers: int = 8,
         cache_dir: str | None = None,
         limit_n: int | None = None,
@@ -50,6 +55,9 @@ class ImageTextData(ImageData):
             flip=flip,
             exif=exif,
             on_bad=on_bad,
+            streaming=streaming,
+            shard_rows=shard_rows,
+            shuffle_buffer=shuffle_buffer,
             num_workers=num_workers,
             cache_dir=cache_dir,
             limit_n=limit_n,

@@ -49,8 +49,9 @@ class Field(NamedTuple):
 class ShardWriter:
     """Writes `rows` rows as shards of `shard_rows` rows (the last one shorter). `meta` says what they are made from.
 
-    Shards can be written in any order and by several processes; `finish` is called once, when all are there. Started
-    again after an interrupt, finished shards are kept. Raises ValueError when the folder holds rows of another meta.
+    Shards can be written in any order and by several processes, even the same ones; `finish` is called when all are
+    there, by one process or by each. Started again after an interrupt, finished shards are kept. Raises ValueError when
+    the folder holds rows of another meta.
     """
 
     def __init__(self, folder: Path | str, *, meta: Mapping[str, Any], rows: int, shard_rows: int) -> None:
@@ -58,12 +59,16 @@ class ShardWriter:
         self.folder, self.rows, self.shard_rows = Path(folder), rows, shard_rows
         self.plan = json.loads(json.dumps({**meta, "n": rows, "shard_rows": shard_rows}))  # as a file gives it back
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.finished = (self.folder / META).exists()
-        if self.finished or (self.folder / PLAN).exists():
-            there = _read_json(self.folder / (META if self.finished else PLAN))
-            _check_same(there, self.plan, self.folder)
-        else:
+        there = self._there()
+        if there is None:
             _replace_json(self.folder / PLAN, self.plan)
+        else:
+            _check_same(there, self.plan, self.folder)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder is complete, by whichever process."""
+        return (self.folder / META).exists()
 
     def numbers(self) -> range:
         """Numbers of all shards."""
@@ -76,38 +81,67 @@ class ShardWriter:
 
     def is_written(self, number: int) -> bool:
         """Whether shard `number` is complete."""
-        return self.finished or self._note(number).exists()
+        return self._note(number).exists() or self.finished  # in this order: notes go after meta.json has come
 
     def write(self, number: int, tensors: Mapping[str, Tensor], *, captions: Sequence[str] | None = None) -> None:
-        """Writes one shard: tensors (n, ...) and n captions, where n is len(rows_of(number))."""
-        from safetensors.torch import save_file
+        """Writes one shard: tensors (n, ...) and n captions, where n is len(rows_of(number)).
 
+        Leaves it as it is if another process was first.
+        """
+        if self.is_written(number):
+            return
         count = len(self.rows_of(number))
         named = dict(tensors) | ({} if captions is None else _packed(captions))
         assert all(len(tensor) == count for name, tensor in named.items() if name != "caption")
-        path = self.folder / f"shard-{number:05d}.safetensors"
-        with _replacing(path) as part:
-            save_file({name: tensor.contiguous() for name, tensor in named.items()}, part)
-            facts = {"file": path.name, "rows": count, "bytes": part.stat().st_size, "sha256": sha256(part)}
-        _replace_json(self._note(number), facts)
+        try:
+            facts = self._save(number, named) | {"rows": count}
+        except FileNotFoundError:  # another process has finished meanwhile, and removed what was only begun
+            if not self.finished:
+                raise
+        else:
+            _replace_json(self._note(number), facts)
 
     def finish(self) -> None:
-        """Writes `meta.json`. Raises ValueError naming the shards that are not written yet."""
-        if self.finished:
-            return
+        """Writes `meta.json`, removes what interrupts left. Raises ValueError naming the shards not written yet."""
         if missing := [number for number in self.numbers() if not self.is_written(number)]:
             raise ValueError(
                 f"'{self.folder}' lacks {len(missing)} shards, such as number {missing[0]}: write them first"
             )
-        shards = [_read_json(self._note(number)) for number in self.numbers()]
+        try:
+            shards = [_read_json(self._note(number)) for number in self.numbers()]
+        except FileNotFoundError:  # another process has finished, and removed the notes
+            if not self.finished:
+                raise
+        else:
+            self._write_meta(shards)
+        notes = [self._note(number) for number in self.numbers()]
+        for leftover in (self.folder / PLAN, *notes, *self.folder.glob("shard-*.part")):
+            leftover.unlink(missing_ok=True)
+
+    def _there(self) -> dict[str, Any] | None:
+        """What the folder was made from; None for a new one."""
+        for name in (META, PLAN, META):  # another process may finish between two looks: PLAN goes after META has come
+            try:
+                return _read_json(self.folder / name)
+            except FileNotFoundError:
+                continue
+        return None
+
+    def _save(self, number: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Writes the file of a shard and returns its facts for `meta.json`."""
+        from safetensors.torch import save_file
+
+        path = self.folder / f"shard-{number:05d}.safetensors"
+        with _replacing(path) as part:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+            return {"file": path.name, "bytes": part.stat().st_size, "sha256": sha256(part)}
+
+    def _write_meta(self, shards: list[dict[str, Any]]) -> None:
         header = read_header(self.folder / shards[0]["file"], size=shards[0]["bytes"])
         tensors = {
             name: {"dtype": field.dtype, "shape": list(field.shape[1:])} for name, field in sorted(header.items())
         }
         _replace_json(self.folder / META, {**self.plan, "tensors": tensors, "shards": shards})
-        self.finished = True
-        for leftover in (self.folder / PLAN, *(self._note(number) for number in self.numbers())):
-            leftover.unlink(missing_ok=True)
 
     def _note(self, number: int) -> Path:
         """What `finish` needs to know of a shard; its presence says that the shard is complete."""

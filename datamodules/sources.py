@@ -5,11 +5,14 @@ undecoded rows, so that only worker processes pay for decoding and an error can 
 metadata.py) need no `datasets`. Every error is one line: the offending value, what there is instead, the cure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from datamodules.folders import FileStore, FolderStore, count_class_folders, subfolders
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from datamodules.folders import FileStore, FolderStore, Scan, count_class_folders, list_images, subfolders
 from datamodules.metadata import MetadataStore, count_listed_classes, find_metadata
 from datamodules.rows import Columns, RawRow, as_caption, class_names_of, find_columns, label_id, missing_column
 
@@ -71,6 +74,10 @@ class ArrowStore:
             return None, num_classes
         return class_names_of(self.table.unique(column), column=f"column '{column}' of '{self.source}'")
 
+    def found_classes(self) -> int:
+        """Classes that the rows have, whatever number was stated."""
+        return self._classes(None, self.class_names)[1]
+
     def __len__(self) -> int:
         return len(self.table)
 
@@ -106,6 +113,8 @@ def open_splits(source: str, *, cache_dir: str | None = None) -> dict[str, Path 
     Raises FileNotFoundError for a path that is not there, ValueError for a hub id that cannot be read.
     """
     path = Path(source).expanduser()
+    if path.suffix == ".tar" and not path.is_dir():
+        raise ValueError(f"source='{source}' names tars: set streaming=true (--data.init_args.streaming=true)")
     if path.is_file() and path.suffix not in TABLE_SUFFIXES:
         raise ValueError(f"source='{source}' is no folder and no {' or '.join(TABLE_SUFFIXES)} file")
     if path.is_file():
@@ -152,8 +161,11 @@ def count_hub_classes(source: str, columns: Columns | None, *, cache_dir: str | 
         features = load_dataset_builder(source, cache_dir=cache_dir).info.features
     except Exception as error:
         raise ValueError(load_failure(source, error)) from error
-    if not features:
-        return None
+    return count_described_classes(features, source, columns) if features else None
+
+
+def count_described_classes(features: Features, source: str, columns: Columns | None) -> int | None:
+    """Classes by the description of the columns: 1 without a label column, None if only the rows tell."""
     label = table_columns(features, columns or {}, source=source).get("label")
     return len(getattr(features[label[0]], "names", [])) or None if label else 1
 
@@ -170,9 +182,10 @@ def table_columns(features: Features, columns: Columns, *, source: str) -> dict[
 
 
 def find_split(names: Sequence[str], wanted: str) -> str | None:
-    """The name in `names` that means `wanted` (val is validation, ...), if one does."""
-    same = next((group for group in SPLIT_NAMES.values() if wanted in group), ())
-    return next((name for name in (wanted, *same) if name in names), None)
+    """The name in `names` that means `wanted` (val is validation, Val is val, ...), if one does."""
+    same = next((group for group in SPLIT_NAMES.values() if wanted.lower() in group), ())
+    there = {name.lower(): name for name in names} | {name: name for name in names}
+    return next((there[name] for name in (wanted, wanted.lower(), *same) if name in there), None)
 
 
 def pick_split(names: Sequence[str], wanted: str, *, source: str) -> str:
@@ -201,23 +214,89 @@ def _open_folder(path: Path, *, cache_dir: str | None) -> dict[str, Path | Arrow
         return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
     folders = subfolders(path)
     known = {name for group in SPLIT_NAMES.values() for name in group}
+    splits = [name for name in folders if name.lower() in known]
     # A class may be called "test": folders are splits only if all are named so, or if "train" is among them.
-    if folders and ("train" in folders or set(folders) <= known):
+    if splits and (splits == folders or "train" in [name.lower() for name in splits]):
         if metadata := find_metadata(path):
             raise ValueError(f"'{metadata}' lies beside folders of splits {folders}: put one into each of them")
-        return {name: path / name for name in folders if name in known}
+        _warn_of_others(path, folders, splits)
+        if any(_holds_only_tables(path / name) for name in splits):
+            return _load_hub_or_files(str(path), cache_dir=cache_dir)
+        return {name: path / name for name in splits}
     if any(next(path.glob(f"{depth}*{suffix}"), None) for depth in ("", "*/") for suffix in TABLE_SUFFIXES):
         return _load_hub_or_files(str(path), cache_dir=cache_dir)
     return {"train": path}
 
 
-def _load_hub_or_files(name: str, *, cache_dir: str | None, file: str | None = None) -> dict[str, ArrowTable]:
-    from datasets import load_dataset
+def _warn_of_others(path: Path, folders: list[str], splits: list[str]) -> None:
+    images = [Path(image).name for image in list_images(path, Scan(), deep=False)]
+    if others := [name for name in folders if name not in splits] + images:
+        rank_zero_warn(
+            f"'{path}' is read as folders of splits {splits}. {len(others)} other folders and images beside them are"
+            f" not read, such as {others[:3]}: if one of the splits is a class, rename it"
+        )
 
+
+def _holds_only_tables(path: Path) -> bool:
+    return not subfolders(path) and any(next(path.glob(f"*{suffix}"), None) for suffix in TABLE_SUFFIXES)
+
+
+def _load_hub_or_files(name: str, *, cache_dir: str | None, file: str | None = None) -> dict[str, ArrowTable]:
+    from datasets import load_dataset, load_dataset_builder
+
+    files = None if file is None else {"train": file}
     try:
-        return dict(load_dataset(name, data_files=None if file is None else {"train": file}, cache_dir=cache_dir))
+        splits = dict(load_dataset(name, data_files=files, cache_dir=cache_dir))
+        local = load_dataset_builder(name, cache_dir=cache_dir).config.data_files if Path(name).is_dir() else None
     except Exception as error:
         raise ValueError(load_failure(file or name, error)) from error
+    check_class_names(local or {}, name)
+    return splits
+
+
+def check_class_names(files: Mapping[str, Sequence[str]], source: str) -> None:
+    """Raises ValueError if local parquet or arrow files of two splits name the classes differently.
+
+    `datasets` would read all of them by the names of one, so that labels change their meaning. Only the first file of
+    each split is looked at, and only its schema; files of the same split are taken to agree.
+    """
+    firsts = {str(split): str(those[0]) for split, those in files.items()}
+    local = {split: file for split, file in firsts.items() if "://" not in file and file.endswith(TABLE_SUFFIXES)}
+    for (one, names), (other, others) in pairwise((split, _names_in(file)) for split, file in local.items()):
+        for column in [column for column in names if others.get(column, names[column]) != names[column]]:
+            differing = [pair for pair in zip(names[column], others[column], strict=False) if len(set(pair)) > 1]
+            raise ValueError(
+                f"'{source}': the classes of column '{column}' differ between '{one}' and '{other}'"
+                f" ({len(names[column])} and {len(others[column])} names, such as {differing[:1]}): make them equal, or"
+                " give the file of one split as source"
+            )
+
+
+def _names_in(file: str) -> dict[str, list[str]]:
+    """Names of the classes by column, as the schema of a parquet or arrow file has them."""
+    import pyarrow as pa
+    from datasets import ClassLabel, Features
+    from pyarrow.parquet import read_schema
+
+    try:
+        if file.endswith(".parquet"):
+            schema = read_schema(file)
+        else:
+            with pa.memory_map(file) as opened:
+                schema = _arrow_schema(opened)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"'{file}' cannot be read ({error}): replace it if it is damaged") from error
+    features = Features.from_arrow_schema(schema)
+    return {name: list(feature.names) for name, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+def _arrow_schema(opened: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_stream(opened).schema
+    except pa.ArrowInvalid:  # the other of the two layouts
+        return pa.ipc.open_file(opened).schema
 
 
 def load_failure(source: str, error: Exception) -> str:

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+StatedRows = int | list[int] | dict[str, int | list[int]]  # of the training shards, or of those of each split
 COUNTERS = 16  # footers that are read at once: on the hub each costs some round trips
 TAR_COUNTS = "softtokens-tar-rows.json"  # in the cache folder
 
@@ -21,7 +24,8 @@ def known_rows(
 ) -> list[int]:
     """Rows of each shard: as stated, one number for all or a list, else counted.
 
-    Raises ValueError for a list of another length, and if nothing is stated and a shard cannot be counted.
+    Raises ValueError for a list of another length, if nothing is stated and a shard cannot be counted, and for a shard
+    that is damaged where that shows.
     """
     if isinstance(stated, int):
         stated = [stated] * len(files)
@@ -33,7 +37,7 @@ def known_rows(
             )
         return list(stated)
     for file in files:
-        if not _countable(file):
+        if not countable(file):
             raise ValueError(
                 f"the rows of '{file}', a shard of '{source}', cannot be counted without reading it: state shard_rows,"
                 f" one number if all shards have as many, else a list of {len(files)}"
@@ -41,7 +45,23 @@ def known_rows(
     if files[0].endswith(".tar"):
         return _kept_tar_rows(files, _cache_folder(cache_dir))
     with ThreadPoolExecutor(COUNTERS) as pool:
-        return list(pool.map(_parquet_rows if files[0].endswith(".parquet") else _arrow_rows, files))
+        return list(pool.map(count_rows, files))
+
+
+def count_rows(file: str) -> int:
+    """Rows of one shard that is `countable`. Raises ValueError, naming it, if it cannot be read."""
+    count = _parquet_rows if file.endswith(".parquet") else _arrow_rows if file.endswith(".arrow") else tar_rows
+    try:
+        return count(file)
+    except Exception as error:  # of three libraries: tarfile.ReadError, ArrowInvalid, OSError, ...
+        raise ValueError(unreadable(file, error)) from error
+
+
+def unreadable(file: str, error: Exception) -> str:
+    """One line for a shard that cannot be read."""
+    network = " and check the network" if "://" in file else ""
+    text = str(error).strip().split("\n")[0]
+    return f"shard '{file}' cannot be read ({type(error).__name__}: {text}): replace it if it is damaged{network}"
 
 
 def tar_rows(file: str) -> int:
@@ -56,7 +76,8 @@ def tar_rows(file: str) -> int:
     return rows
 
 
-def _countable(file: str) -> bool:
+def countable(file: str) -> bool:
+    """Whether the rows of a shard can be told without reading it."""
     return file.endswith(".parquet") or (file.endswith((".arrow", ".tar")) and "://" not in file)
 
 
@@ -82,15 +103,29 @@ def _arrow_rows(file: str) -> int:
 def _kept_tar_rows(files: Sequence[str], folder: Path) -> list[int]:
     """`tar_rows` of each file; those that have not changed since they were counted are not scanned again."""
     path = folder / TAR_COUNTS
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = _kept(path)
     keys = [_identity(file) for file in files]
-    new = {key: tar_rows(file) for file, key in zip(files, keys, strict=True) if key not in kept}
+    new = {key: count_rows(file) for file, key in zip(files, keys, strict=True) if key not in kept}
     if new:
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         part.write_text(json.dumps(kept | new, indent=0))
         os.replace(part, path)
     return [(kept | new)[key] for key in keys]
+
+
+def _kept(path: Path) -> dict[str, int]:
+    """What was counted before: rows by the identity of a tar."""
+    try:
+        kept = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        kept = None
+    if isinstance(kept, dict) and all(isinstance(rows, int) for rows in kept.values()):
+        return kept
+    rank_zero_info(f"'{path}' is damaged: the tars are counted anew")
+    return {}
 
 
 def _identity(file: str) -> str:

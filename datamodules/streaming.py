@@ -6,6 +6,7 @@ a loader whose `StreamSampler` (stream_plan.py) decides who reads what. Encoded 
 decoded images. The number of rows of each shard is known beforehand (stream_counts.py) and checked when a shard ends.
 """
 
+import glob
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,8 @@ from datamodules.base import Batch, RowDataset
 from datamodules.decode import SUFFIXES
 from datamodules.rows import Columns, RawRow
 from datamodules.sampler import RowKey
-from datamodules.sources import ArrowStore, is_local, load_failure
-from datamodules.stream_counts import known_rows
+from datamodules.sources import ArrowStore, check_class_names, count_described_classes, is_local, load_failure
+from datamodules.stream_counts import count_rows, countable, known_rows, unreadable
 from datamodules.stream_plan import Span, StreamKey, StreamSampler
 
 IterableTable = Any  # datasets.IterableDataset: the library is imported inside functions only
@@ -57,7 +58,7 @@ class StreamStore(ArrowStore):
         super().__init__(table, source, columns=columns, num_classes=num_classes, class_names=class_names)
         self.shard_rows, self.files = list(shard_rows), split.files
         self._first = [0, *accumulate(shard_rows)]  # index of each shard's first row
-        self._forget()
+        self.forget()
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -65,7 +66,7 @@ class StreamStore(ArrowStore):
     def __getstate__(self) -> dict[str, Any]:
         copy = object.__new__(type(self))
         copy.__dict__ |= self.__dict__
-        copy._forget()  # an open file does not travel
+        copy.forget()  # an open file does not travel
         return copy.__dict__
 
     def hold(self, chunk: tuple[Span, ...]) -> None:
@@ -77,6 +78,15 @@ class StreamStore(ArrowStore):
             first = self._first[span.shard] + span.start
             self._held |= {first + place: row for place, row in enumerate(self._read(span))}
         self._chunk = chunk
+
+    def hold_first(self, count: int) -> range:
+        """Reads up to `count` rows of the first shard that has any, and returns their indices."""
+        shard = next((shard for shard, rows in enumerate(self.shard_rows) if rows), None)
+        if shard is None:
+            return range(0)
+        stop = min(count, self.shard_rows[shard])
+        self.hold((Span(shard, 0, stop),))
+        return range(stop)  # the shards before it are empty
 
     def fetch(self, indices: Sequence[int]) -> list[RawRow]:
         """Undecoded rows of `indices`, in that order. One that is not held is read apart, at the cost of a seek."""
@@ -109,9 +119,12 @@ class StreamStore(ArrowStore):
     def _open(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
         """Values by column of the rows of one shard, from row `start` on."""
         table = self.table.shard(num_shards=len(self.shard_rows), index=shard).skip(start)
-        for columns in table.iter(batch_size=READ_ROWS):  # iter(table) would deal shards to the workers by itself
-            for values in zip(*columns.values(), strict=True):
-                yield dict(zip(columns, values, strict=True))
+        try:
+            for columns in table.iter(batch_size=READ_ROWS):  # iter(table) would deal shards to the workers by itself
+                for values in zip(*columns.values(), strict=True):
+                    yield dict(zip(columns, values, strict=True))
+        except Exception as error:  # whatever the reader of the format raises
+            raise ValueError(unreadable(self.files[shard], error)) from error
 
     def _miscounted(self, shard: int) -> str:
         found = sum(1 for _ in self._open(shard, 0))
@@ -120,7 +133,8 @@ class StreamStore(ArrowStore):
             " shard_rows, or replace the file if it is damaged"
         )
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Lets go of the rows that are held, and of the open file."""
         self._chunk: tuple[Span, ...] = ()
         self._held: dict[int, RawRow] = {}  # rows of the chunk by index
         self._place: tuple[int, int, int] | None = None  # process, shard and row where `_rows` stands
@@ -175,7 +189,8 @@ class StreamRows(RowDataset):
 def open_streams(source: str, *, cache_dir: str | None = None) -> dict[str, StreamSplit]:
     """Splits of `source` by name. Files that name no split are "train".
 
-    Raises FileNotFoundError for a path that is not there, ValueError for what cannot be streamed.
+    Raises FileNotFoundError for a path that is not there, ValueError for what cannot be streamed, also for splits whose
+    classes differ (`check_class_names`).
     """
     from datasets import load_dataset_builder
 
@@ -185,16 +200,32 @@ def open_streams(source: str, *, cache_dir: str | None = None) -> dict[str, Stre
         raise FileNotFoundError(
             f"source='{source}' does not exist: give an existing folder, shards, or a hub id owner/name"
         )
+    if "*" in source and kind and "://" not in source and not glob.glob(str(path), recursive=True):
+        raise FileNotFoundError(
+            f"source='{source}' matches no file: correct the pattern, whose * does not cross folders"
+        )
     name, files = (kind, {"train": str(path)}) if kind else (str(path) if path.exists() else source, None)
     try:
         builder = load_dataset_builder(name, data_files=files, cache_dir=cache_dir)
-        tables = builder.as_streaming_dataset()
     except Exception as error:
         raise ValueError(load_failure(source, error)) from error
+    shards = builder.config.data_files
+    try:
+        tables = builder.as_streaming_dataset()
+    except Exception as error:
+        for first in [str(those[0]) for those in (shards or {}).values()]:  # one of them was looked into
+            if countable(first):
+                count_rows(first)  # names it if it is damaged
+        raise ValueError(load_failure(source, error)) from error
+    check_class_names(shards, source)
     return {
-        str(split): StreamSplit(table, _shard_files(table, builder.config.data_files[split], source))
-        for split, table in tables.items()
+        str(split): StreamSplit(table, _shard_files(table, shards[split], source)) for split, table in tables.items()
     }
+
+
+def count_stream_classes(split: StreamSplit, source: str, columns: Columns | None) -> int | None:
+    """Classes of one value of `open_streams`; None if only its rows tell."""
+    return count_described_classes(_undecoded(split.table, columns or {}).features, source, columns)
 
 
 def open_stream_store(

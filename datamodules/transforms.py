@@ -20,12 +20,20 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         raise ValueError(f"image_size={size} must be at least 1 pixel")
     if image.mode != "RGB":
         image = image.convert("RGB")
+    resized = size_before_crop(image.width, image.height, size)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def size_before_crop(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height of what `center_crop` cuts the square from: the shorter is `size`, the other may be long."""
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+    scale = size / min(width, height)
+    return round(width * scale), round(height * scale)
 
 
 def to_uint8_chw(image: Image.Image) -> Tensor:

@@ -81,6 +81,8 @@ def test_a_resume_at_any_step_repeats_and_misses_none(parquet, tmp_path, streami
     options = {"streaming": streaming, "cache_dir": str(tmp_path), "flip": True}
     loader = make(parquet, **options).train_dataloader()
     unbroken = [batch for _ in range(2) for batch in loader]
+    length = len(unbroken) // 2
+    assert length == TOTAL // 4
     for stop in range(len(unbroken)):
         first, second = (make(parquet, **options).train_dataloader() for _ in range(2))
         iterator = iter(first)
@@ -89,8 +91,8 @@ def test_a_resume_at_any_step_repeats_and_misses_none(parquet, tmp_path, streami
                 iterator = iter(first)
                 next(iterator)
         second.load_state_dict(first.state_dict())
-        rest = list(second) if stop else []
-        for batch, wanted in zip(rest, unbroken[stop:], strict=False):
+        end = (stop // length + 1) * length  # of the epoch in which the next batch is
+        for batch, wanted in zip(second, unbroken[stop:end], strict=True):
             assert torch.equal(batch["image"], wanted["image"]) and torch.equal(batch["label"], wanted["label"])
             assert batch["caption"] == wanted["caption"]
 
@@ -141,8 +143,56 @@ def test_an_interrupted_cache_is_gone_on_with(pictures, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make(pictures, **options)
     monkeypatch.undo()
+    assert ImageData(str(pictures), 8, **options).discover_classes() == 2, "the training split is not there yet"
     data = make(pictures, **options)
     assert len(data.train_set) == 18 and len(data.val_set) == 8
+
+
+def test_a_cache_without_validation_gets_it_when_it_is_asked_for(pictures, tmp_path, caplog):
+    cache = {"crop_cache": str(tmp_path / "cache")}
+    assert make(pictures, **cache).val_set is None
+    written = (tmp_path / "cache" / "train" / "meta.json").stat().st_mtime_ns
+    shutil.move(pictures, tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        make(pictures, val_split="auto", **cache)  # the source had one, so going without would be wrong
+    with pytest.raises(ValueError, match=r"has no split 'test': it has \['train', 'val'\]"):
+        make(pictures, val_split="test", **cache)
+    shutil.move(tmp_path / "away", pictures)
+    assert len(make(pictures, val_split="validation", **cache).val_set) == 8
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert len(make(f"{pictures}/", val_split="auto", **cache).val_set) == 8
+    assert (tmp_path / "cache" / "train" / "meta.json").stat().st_mtime_ns == written
+    line = (
+        f"crop cache '{tmp_path}/cache': 18 images of 'train' and 8 images of 'val', 2 classes, made from '{pictures}'"
+    )
+    assert caplog.text.count(line) == 1
+
+
+def test_a_cache_keeps_the_classes_that_were_found(tmp_path, pictures):
+    table(range(5)).save_to_disk(str(tmp_path / "saved"))
+    options = {"crop_cache": str(tmp_path / "cache"), "columns": {"caption": None}}
+    for stated, number in ((8, 8), (None, 5), (9, 9)):
+        data = make(tmp_path / "saved", num_classes=stated, **options)
+        assert data.num_classes == data.discover_classes() == number
+    with pytest.raises(ValueError, match="has 5 classes, more than num_classes=4"):
+        make(tmp_path / "saved", num_classes=4, **options)
+
+
+def test_classes_that_only_validation_has_are_refused_at_the_start(tmp_path):
+    import datasets
+
+    splits = {"train": table(range(3)), "val": table(range(5))}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"'val' has 5 classes, more than the 3 of 'train': set num_classes=5"):
+        make(tmp_path / "saved", val_split="auto")
+    assert len(make(tmp_path / "saved", val_split="auto", num_classes=5).val_set) == 5
+
+
+def test_a_crop_cache_that_is_a_file(tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(ValueError, match=r"crop_cache='.*cache' is a file: name a folder"):
+        ImageData("a/b", 8, crop_cache=str(tmp_path / "cache"))
 
 
 def test_a_cache_of_another_size_is_refused(pictures, tmp_path):

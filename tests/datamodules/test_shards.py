@@ -94,6 +94,50 @@ def test_writing_goes_on_after_an_interrupt_and_may_be_shared(tmp_path):
     again.finish()
 
 
+def test_two_processes_may_write_all_of_one_folder(tmp_path):
+    one, other = (write(tmp_path, numbers=[], finish=False) for _ in range(2))
+    first = range(0, SHARD)
+    parts = {name: tensor[first.start : first.stop] for name, tensor in tensors().items()}
+    other.write(0, parts)
+    write(tmp_path)  # a third one is faster
+    kept = (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns
+    assert one.finished and all(other.is_written(number) for number in other.numbers())
+    other.write(0, parts)
+    other.finish()
+    assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] + [".safetensors"] * 5
+    Shards(tmp_path).verify()
+
+
+@pytest.mark.parametrize("when", ["save", "notes"])
+def test_another_process_finishes_at_the_worst_moment(tmp_path, monkeypatch, when):
+    """While the first one still writes a shard, or between its look at the notes and their reading."""
+    from datamodules import shards
+
+    slow = write(tmp_path, numbers=range(4) if when == "save" else None, finish=False)
+    name = "sha256" if when == "save" else "_read_json"
+    original = getattr(shards, name)
+
+    def overtaken(path):
+        monkeypatch.setattr(shards, name, original)
+        write(tmp_path)
+        return original(path)
+
+    monkeypatch.setattr(shards, name, overtaken)
+    if when == "save":
+        slow.write(4, {name: tensor[20:] for name, tensor in tensors().items()})
+    slow.finish()
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] + [".safetensors"] * 5
+    Shards(tmp_path).verify()
+
+
+def test_finishing_removes_what_a_killed_process_left(tmp_path):
+    write(tmp_path, numbers=[0], finish=False)
+    (tmp_path / "shard-00001.safetensors.0123.part").write_bytes(b"half")
+    write(tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     import safetensors.torch
 

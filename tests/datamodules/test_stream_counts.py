@@ -2,7 +2,7 @@
 
 import pytest
 
-from datamodules.stream_counts import known_rows, tar_rows
+from datamodules.stream_counts import TAR_COUNTS, known_rows, tar_rows
 from tests.datamodules.streams import SHARDS, write_tar, write_tars
 
 
@@ -29,3 +29,25 @@ def test_tars_are_scanned_once_until_they_change(tmp_path, monkeypatch):
     assert scanned == files
     write_tar(files[1], range(9))
     assert known_rows(files, None, **options) == [2, 9] and scanned == [*files, files[1]]
+
+
+def test_damaged_counts_are_counted_anew(tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", range(4))
+    options = {"source": "a", "cache_dir": str(tmp_path)}
+    for damage in ("{", "[]", '{"x": "y"}'):
+        (tmp_path / TAR_COUNTS).write_text(damage)
+        with caplog.at_level("INFO"):
+            assert known_rows([str(tmp_path / "0.tar")], None, **options) == [4]
+        assert f"{TAR_COUNTS}' is damaged: the tars are counted anew" in caplog.text
+        caplog.clear()
+    assert known_rows([str(tmp_path / "0.tar")], None, **options) == [4] and not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "arrow"])
+def test_a_damaged_shard_is_named(tmp_path, kind):
+    path = tmp_path / f"0.{kind}"
+    path.write_bytes(b"torn" * 200)
+    with pytest.raises(
+        ValueError, match=rf"shard '.*0.{kind}' cannot be read \(\w+: .*\): replace it if it is damaged$"
+    ):
+        known_rows([str(path)], None, source="a", cache_dir=str(tmp_path))

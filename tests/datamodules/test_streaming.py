@@ -234,7 +234,7 @@ def test_a_start_beyond_the_end_of_a_shard_counts_it(tars):
 def test_source_errors(tmp_path, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match=r"absent' does not exist"):
         open_streams(str(tmp_path / "absent"))
-    with pytest.raises(ValueError, match=r"'.*\*.tar' cannot be loaded"):
+    with pytest.raises(FileNotFoundError, match=r"'.*\*.tar' matches no file: correct the pattern"):
         open_streams(f"{tmp_path}/*.tar", cache_dir=str(tmp_path / "cache"))
     pictures = tmp_path_factory.mktemp("pictures")
     (pictures / "0.png").write_bytes(encoded(0))

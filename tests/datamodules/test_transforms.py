@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.transforms import center_crop, flip_horizontal, to_uint8_chw
+from datamodules.transforms import center_crop, flip_horizontal, size_before_crop, to_uint8_chw
 
 CROPS = [  # width, height, size, sum of bytes, pixel [size // 2, size // 3], first 16 hex digits of sha256
     (613, 427, 256, 25057867, (178, 99, 141), "a5861edc80e066c0"),
@@ -62,3 +62,11 @@ def test_to_uint8_chw_layout_and_flip():
 def test_center_crop_halves_at_exactly_twice_the_size():
     image = pattern(32, 32)
     assert center_crop(image, 16).tobytes() == image.resize((16, 16), Image.Resampling.BOX).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "wanted"),
+    [(4000, 1, 256, (1_024_000, 256)), (1200, 900, 64, (86, 64)), (500, 375, 256, (341, 256)), (64, 64, 64, (64, 64))],
+)
+def test_size_before_crop(width, height, size, wanted):
+    assert size_before_crop(width, height, size) == wanted
