@@ -40,6 +40,24 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+class SplitLabelEmbedder(nn.Module):
+    """Class table, and apart from it one learned vector for 'no label', as MAR and MAGE keep them.
+
+    Both enter every batch, so that neither is ever without a gradient (DDP waits for all of them).
+    """
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.null_label = num_classes
+        self.class_emb = nn.Embedding(num_classes, width)
+        self.fake_latent = nn.Parameter(torch.zeros(1, width))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """int64 (B,) in 0..num_classes -> (B, E)."""
+        known = self.class_emb(labels.clamp(max=self.null_label - 1))
+        return torch.where((labels == self.null_label)[:, None], self.fake_latent, known)
+
+
 def sincos_2d(width: int, grid: tuple[int, int]) -> Tensor:
     """Fixed sine-cosine positions of a raster grid (MAE, He et al. 2021): (h*w, width), float32.
 

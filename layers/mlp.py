@@ -1,4 +1,4 @@
-"""Feed-forward layers: SwiGLU (Shazeer 2020)."""
+"""Feed-forward layers: the plain MLP of ViT, and SwiGLU (Shazeer 2020)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,3 +22,17 @@ class SwiGLU(nn.Module):
         """(..., E) -> (..., E)."""
         gate, value = self.w12(x).chunk(2, dim=-1)  # (..., hidden) twice
         return self.w3(self.dropout(F.silu(gate) * value))
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))) with the exact GELU; dropout after the GELU and after fc2, as in timm."""
+
+    def __init__(self, width: int, hidden: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., E)."""
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))

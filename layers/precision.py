@@ -1,4 +1,4 @@
-"""Casting weights once for sampling under autocast."""
+"""What dtype is computed in, and casting weights once for sampling under autocast."""
 
 import torch
 from torch import nn
@@ -13,3 +13,9 @@ def cast_linear_(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         if isinstance(layer, nn.Linear):
             layer.to(dtype)
     return module
+
+
+def compute_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype of matrix products on this device as things stand: autocast's where it is on, else float32."""
+    kind = torch.device(device).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from layers.blocks import AdaLNBlock
+from layers.blocks import AdaLNBlock, ViTBlock
+from layers.gather import take
 from layers.norm import modulate
 from layers.rope import axial_rope
 
@@ -46,3 +47,32 @@ def test_block_equals_its_formula(case):
 def test_proj_dropout_reaches_attention_output_and_mlp_and_attn_dropout_the_scores():
     block = AdaLNBlock(16, 2, mlp_hidden=20, attn_dropout=0.1, proj_dropout=0.2)
     assert (block.attn.attn_dropout, block.attn.proj_dropout.p, block.mlp.dropout.p) == (0.1, 0.2, 0.2)
+
+
+def test_vit_block_equals_its_formula():
+    block, x = ViTBlock(16, 2, mlp_ratio=2.0), torch.randn(2, 5, 16)
+    q, k, v = block.attn.qkv(block.norm1(x)).view(2, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
+    mid = x + block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
+    hidden = block.mlp.fc1(block.norm2(mid))
+    gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    torch.testing.assert_close(block(x), mid + block.mlp.fc2(gelu), atol=1e-5, rtol=1e-5)
+
+
+def test_some_rows_of_a_vit_block_equal_those_of_the_whole_with_gradients():
+    block, x, index = ViTBlock(16, 2), torch.randn(2, 5, 16, requires_grad=True), torch.tensor([[4, 0], [2, 3]])
+    some, whole = block.rows(x, index), take(block(x), index)
+    torch.testing.assert_close(some, whole, atol=1e-6, rtol=1e-5)
+    weight = torch.randn_like(some)
+    parameters = [x, *block.parameters()]
+    for a, b in zip(
+        torch.autograd.grad((some * weight).sum(), parameters),
+        torch.autograd.grad((whole * weight).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_width_that_no_head_count_divides_is_refused():
+    with pytest.raises(ValueError, match="width 10 is not divisible by num_heads 4"):
+        ViTBlock(10, 4)
