@@ -5,6 +5,7 @@ Images are (B, C, H, W); tokens are (B, L, D) in raster order with D = p*p*C, an
 once, in the checkpoint rules of its method.
 """
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -21,3 +22,15 @@ def unpatchify(tokens: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor
     """(B, h*w, p*p*C) -> (B, C, h*p, w*p): the inverse of `patchify` for a token grid of (h, w)."""
     h, w = grid
     return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=patch_size, q=patch_size)
+
+
+def channel_major_to_ours(patch_size: int, channels: int) -> Tensor:
+    """Index (p*p*C,) with ours = official[..., index], for official tokens ordered (channel, row, column)."""
+    index = torch.arange(channels * patch_size**2)
+    return rearrange(index, "(c p q) -> (p q c)", p=patch_size, q=patch_size)
+
+
+def ours_to_channel_major(patch_size: int, channels: int) -> Tensor:
+    """The inverse: official = ours[..., index]."""
+    index = torch.arange(channels * patch_size**2)
+    return rearrange(index, "(p q c) -> (c p q)", p=patch_size, q=patch_size)

@@ -1,11 +1,11 @@
-"""Random draws whose generator may be one for the batch or one per row."""
+"""Random draws whose generator may be one for the batch, one per row, or a function of the shape."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
-Generators = Generator | Sequence[Generator] | None
+Generators = Generator | Sequence[Generator] | Callable[[Sequence[int]], Tensor] | None
 
 
 def randn(shape: Sequence[int], generator: Generators, *, device: torch.device | str) -> Tensor:
@@ -16,6 +16,8 @@ def randn(shape: Sequence[int], generator: Generators, *, device: torch.device |
     """
     if generator is None or isinstance(generator, Generator):
         return torch.randn(*shape, generator=generator, device=device)
+    if callable(generator):  # draws of the caller's own, as for one process's rows of a global batch
+        return generator(shape)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} rows: give one per row, or a single one")
     return torch.stack([torch.randn(*shape[1:], generator=g, device=device) for g in generator])

@@ -7,7 +7,9 @@ cheap, stochastic) and `decode` (tokens -> images in [-1, 1]).
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
+
+from layers.random import Generators
 
 
 class Tokens(NamedTuple):
@@ -53,7 +55,7 @@ class Tokenizer(nn.Module):
         """uint8 (B, 3, H, W) -> raw, whatever this tokenizer caches."""
         raise NotImplementedError
 
-    def encode_raw(self, raw: Tensor, generator: Generator | None = None) -> Tokens:
+    def encode_raw(self, raw: Tensor, generator: Generators = None) -> Tokens:
         """raw -> Tokens."""
         raise NotImplementedError
 
@@ -61,7 +63,7 @@ class Tokenizer(nn.Module):
         """Tokens' x -> float images (B, 3, H, W) in [-1, 1]."""
         raise NotImplementedError
 
-    def forward(self, batch: dict[str, Tensor], generator: Generator | None = None) -> Tokens:
+    def forward(self, batch: dict[str, Tensor], generator: Generators = None) -> Tokens:
         """A batch with `raw` (cached) or `image` (uint8) -> Tokens."""
         raw = batch["raw"] if "raw" in batch else self.encode_image(batch["image"])
         return self.encode_raw(raw, generator)

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from layers.patch import patchify, unpatchify
+from layers.random import Generators
 from layers.tokenizers.base import Tokenizer, Tokens, from_uint8
 
 
@@ -36,7 +37,7 @@ class PixelTokenizer(Tokenizer):
             )
         return images
 
-    def encode_raw(self, raw: Tensor, generator: Generator | None = None) -> Tokens:
+    def encode_raw(self, raw: Tensor, generator: Generators = None) -> Tokens:
         return Tokens(patchify(from_uint8(raw), self.patch_size))  # (B, L, D)
 
     def decode(self, x: Tensor) -> Tensor:
