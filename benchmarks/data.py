@@ -28,8 +28,10 @@ from datamodules.base import RowDataset
 from datamodules.crop_cache import crop_key, open_crop_cache, write_crop_cache
 from datamodules.digits import DigitsData
 from datamodules.image_rows import ImageRows
+from datamodules.latents import LatentRows
 from datamodules.rows import RawRow
 from datamodules.sampler import RowKey
+from datamodules.shards import Shards, ShardWriter
 from datamodules.stream_plan import StreamSampler
 from datamodules.streaming import StreamRows, open_stream_store, open_streams
 
@@ -39,6 +41,8 @@ CROP, ICON = 256, 64  # pixels of the cropped photos and of the small pictures
 PHOTO_FILES = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "rocket.jpg")
 DISTINCT = 64  # encoded pictures of each kind
 CACHED = 1024  # rows of the shards: 201 MB
+LATENT = (2, 32, 16, 16)  # of MAR's tokenizer at 256 pixels, with the mirror image: 32 KB in float16
+LATENTS = 8192  # rows: 268 MB
 BASE = f"JPEG {PHOTO[0]}x{PHOTO[1]} -> crop {CROP}"
 
 
@@ -126,6 +130,17 @@ def cached_rows(folder: Path, photos: Sequence[bytes]) -> RowDataset:
     return open_crop_cache(folder, key, flip=True)
 
 
+def latent_rows(folder: Path) -> RowDataset:
+    """A latent cache of `LATENTS` rows, in four shards."""
+    writer = ShardWriter(folder, meta={"encoded": "float32"}, rows=LATENTS, shard_rows=LATENTS // 4)
+    generator = torch.Generator().manual_seed(0)
+    for number in writer.numbers():
+        raw = torch.randn(len(writer.rows_of(number)), *LATENT, generator=generator).half()
+        writer.write(number, {"raw": raw, "label": torch.zeros(len(raw), dtype=torch.int64)})
+    writer.finish()
+    return LatentRows(Shards(folder), flip=True)
+
+
 def digits_rows() -> RowDataset:
     data = DigitsData(image_size=16, batch_size=1)
     data.setup()
@@ -139,6 +154,7 @@ def cases(folder: Path, batch: int) -> Iterator[tuple[str, Callable[[], object]]
     (folder / "tars").mkdir()
     yield "the same from a stream of tars", streamed_batches(folder / "tars", photos, batch)
     yield f"crop cache, uint8 {CROP}", random_batches(cached_rows(folder / "cache", photos), batch)
+    yield "latents 16x16x32, float16", random_batches(latent_rows(folder / "latents"), batch)
     icons = encode(cut((ICON, ICON), DISTINCT), "PNG")
     yield f"PNG {ICON}x{ICON}", random_batches(ImageRows(EncodedStore(icons, DISTINCT), ICON, flip=True), batch)
     yield "digits 16, in memory", random_batches(digits_rows(), batch)

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from datamodules.base import Batch, RowDataset
-from datamodules.sampler import RowKey, coin
+from datamodules.sampler import PREFETCH_BATCHES, RowKey, as_batch, coin
 from datamodules.transforms import flip_horizontal
 
 META, PLAN = "meta.json", "unfinished.json"
@@ -108,15 +109,37 @@ class ShardWriter:
                 f"'{self.folder}' lacks {len(missing)} shards, such as number {missing[0]}: write them first"
             )
         try:
-            shards = [_read_json(self._note(number)) for number in self.numbers()]
-        except FileNotFoundError:  # another process has finished, and removed the notes
+            self._write_meta([_read_json(self._note(number)) for number in self.numbers()])
+        except FileNotFoundError:  # another process has finished, and removed the notes and what was only begun
             if not self.finished:
                 raise
-        else:
-            self._write_meta(shards)
         notes = [self._note(number) for number in self.numbers()]
-        for leftover in (self.folder / PLAN, *notes, *self.folder.glob("shard-*.part")):
+        for leftover in (self.folder / PLAN, *notes, *self.folder.glob("*.part")):
             leftover.unlink(missing_ok=True)
+
+    def forget_damaged(self) -> list[int]:
+        """Compares every written shard with its sha256; those that differ count as not written, and are returned.
+
+        Reads all that is there. One process calls it, before any writes. Does nothing to an intact folder.
+        """
+        facts = read_meta(self.folder)["shards"] if self.finished else [*map(self._noted, self.numbers())]
+        damaged = [number for number in self.numbers() if facts[number] and not self._is_intact(facts[number])]
+        if damaged and self.finished:  # notes and plan first: at every moment the folder says what it holds
+            for number in self.numbers():
+                _replace_json(self._note(number), facts[number])
+            _replace_json(self.folder / PLAN, self.plan)
+            (self.folder / META).unlink()
+        for number in damaged:
+            self._note(number).unlink()
+        return damaged
+
+    def _noted(self, number: int) -> dict[str, Any] | None:
+        """Facts of a shard of an unfinished folder; None if it is not written."""
+        return _read_json(self._note(number)) if self._note(number).exists() else None
+
+    def _is_intact(self, facts: Mapping[str, Any]) -> bool:
+        path = self.folder / facts["file"]
+        return path.exists() and path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]
 
     def _there(self) -> dict[str, Any] | None:
         """What the folder was made from; None for a new one."""
@@ -174,13 +197,16 @@ class Shards:
         """Whether `captions` can be asked for."""
         return "caption_end" in self.meta["tensors"]
 
-    def gather(self, name: str, indices: Sequence[int]) -> Tensor:
-        """Rows `indices` of tensor `name`: (len(indices), ...). Raises IndexError for a row that is not there."""
+    def gather(self, name: str, indices: Sequence[int], *, parts: Sequence[int] | None = None) -> Tensor:
+        """Rows `indices` of tensor `name`: (len(indices), ...). Raises IndexError for a row that is not there.
+
+        Of rows (K, ...), `parts` names one of the K for each row, and only that is read.
+        """
         field = self.meta["tensors"][name]
         numpy_dtype, torch_dtype = DTYPES[field["dtype"]]
-        out = np.empty((len(indices), *field["shape"]), numpy_dtype)
+        out = np.empty((len(indices), *field["shape"][0 if parts is None else 1 :]), numpy_dtype)
         for position, (shard, row) in enumerate(self._locate(indices)):
-            out[position] = self._map(shard)[name][row]
+            out[position] = self._map(shard)[name][row if parts is None else (row, parts[position])]
         return torch.from_numpy(out).view(torch_dtype)
 
     def captions(self, indices: Sequence[int]) -> list[str]:
@@ -259,6 +285,31 @@ class ShardRows(RowDataset):
         if self.shards.has_captions:
             batch["caption"] = self.shards.captions(indices)
         return batch
+
+
+def shard_batches(
+    rows: RowDataset, ranges: Mapping[int, range], *, batch_rows: int, num_workers: int = 0
+) -> Iterator[tuple[int, Batch]]:
+    """(shard number, batch) of the rows of every shard of `ranges`, in order, as epoch 0 shows them.
+
+    Batches start anew with each shard: what they hold does not depend on which other shards are read. One pool of
+    workers reads them all.
+    """
+    parts = [
+        (number, covered[start : start + batch_rows])
+        for number, covered in ranges.items()
+        for start in range(0, len(covered), batch_rows)
+    ]
+    loader = DataLoader(
+        rows,
+        batch_sampler=([RowKey(0, index) for index in part] for _, part in parts),
+        num_workers=num_workers,
+        prefetch_factor=PREFETCH_BATCHES if num_workers > 0 else None,
+        collate_fn=as_batch,
+        generator=torch.Generator().manual_seed(0),  # its own: nothing is drawn from the global one
+    )
+    for (number, _), batch in zip(parts, loader, strict=True):
+        yield number, batch
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def planned_steps(trainer: dict[str, Any], data: Any) -> int:
 
 def steps_per_epoch(data: Any) -> int:
     """From ImageNet's published size, or from the set itself where it is at hand."""
-    source = getattr(data, "source", None)
+    source = getattr(getattr(data, "images", data), "source", None)
     if source and not Path(source).exists() and Path(source).name.lower() in IMAGENET_NAMES:
         return min(IMAGENET_ROWS, data.limit_n or IMAGENET_ROWS) // data.batch_size
     if source and not is_local(source):

@@ -45,6 +45,7 @@ def make_data(options: argparse.Namespace, overrides: Sequence[str]) -> Any:
             raise ValueError(f"'{text}' changes nothing here: give --data.init_args.<key>=<value>")
     config = load_config(options.exp, overrides)["data"]
     data = instantiate(config, "data")
+    data = getattr(data, "images", data)  # of cached latents, what they were made from
     if getattr(data, "flip", False):
         data.flip = False
     return data
@@ -61,6 +62,7 @@ def numbered(data: Any, split: str, *, rank: int, world_size: int) -> Iterator[t
 
 def describe(data: Any, options: argparse.Namespace, overrides: Sequence[str]) -> str:
     config = load_config(options.exp, overrides)["data"]
+    config = (config.get("init_args") or {}).get("images", config)
     source = (config.get("init_args") or {}).get("source")
     name = config["class_path"].rsplit(".", 1)[-1]
     return f"{name}{f' {source}' if source else ''}, split {options.split}, {data.image_size} pixels, not flipped"

@@ -1,6 +1,7 @@
 """Reading weights from files: our checkpoints, official checkpoints, safetensors. Nothing here unpickles code."""
 
 import argparse
+import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,3 +110,12 @@ def checkpoint_weights(checkpoint: Mapping[str, Any], weights: str) -> dict[str,
         raise ValueError(f"no weights '{weights}' in the checkpoint; it has raw{''.join(f', {d}' for d in decays)}")
     state.update(ema["shadows"][max(0, decays.index(weights) - 1)])
     return state
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hexadecimal digest of a state dict: names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

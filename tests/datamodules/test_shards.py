@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datamodules.sampler import RowKey, coin
-from datamodules.shards import ShardRows, Shards, ShardWriter, read_header
+from datamodules.shards import ShardRows, Shards, ShardWriter, read_header, shard_batches
 
 ROWS, SHARD = 23, 5
 META = {"source": "pets", "split": "train", "size": 4}
@@ -228,6 +228,38 @@ def test_verify_finds_a_changed_byte(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"shard-00001.safetensors' is damaged \(sha256\)"):
         Shards(tmp_path).verify()
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_damaged_shards_are_forgotten_and_written_again(tmp_path, finish):
+    write(tmp_path, finish=finish)
+    intact = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    writer = write(tmp_path, numbers=[], finish=False)
+    assert writer.forget_damaged() == [] and {p.name: p.read_bytes() for p in tmp_path.iterdir()} == intact
+    for number, kind in ((0, "missing"), (2, "short"), (4, "header")):
+        damage(tmp_path / f"shard-{number:05d}.safetensors", kind)
+    assert writer.forget_damaged() == [0, 2, 4] and not writer.finished
+    assert [writer.is_written(number) for number in writer.numbers()] == [False, True, False, True, False]
+    assert writer.forget_damaged() == [], "what is not written cannot be damaged"
+    write(tmp_path, finish=finish)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == intact
+
+
+def test_one_part_of_each_row(tmp_path):
+    write(tmp_path)
+    shards, order, parts = Shards(tmp_path), [22, 0, 9, 9], [0, 1, 1, 0]
+    found = shards.gather("moments", order, parts=parts)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, tensors()["moments"][order, parts])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_of_shards_start_anew_with_each(tmp_path, num_workers):
+    write(tmp_path)
+    ranges = {4: range(20, 23), 1: range(5, 10)}
+    read = list(shard_batches(ShardRows(tmp_path), ranges, batch_rows=2, num_workers=num_workers))
+    assert [(number, len(batch["label"])) for number, batch in read] == [(4, 2), (4, 1), (1, 2), (1, 2), (1, 1)]
+    order = [*ranges[4], *ranges[1]]
+    assert torch.equal(torch.cat([batch["image"] for _, batch in read]), tensors()["image"][order])
 
 
 def test_the_files_are_safetensors(tmp_path):
