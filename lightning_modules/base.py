@@ -18,12 +18,14 @@ from torch import Generator, Tensor, nn
 from layers.checkpoint import check_fit
 from layers.precision import cast_linear_
 from layers.random import Generators, mix_seed
-from layers.tokenizers.base import Tokenizer
+from layers.tokenizers.base import Tokenizer, Tokens
 from layers.tokenizers.base import to_uint8 as to_uint8
+from lightning_modules.cache_check import check_cache
 from lightning_modules.config import as_config, as_tokenizer, tokenizer_config
 from lightning_modules.optim import OptimConfig, adamw, learning_rate, param_groups
 from lightning_modules.pretrained import Pretrained
 from lightning_modules.protocol import Protocol
+from lightning_modules.tokenizer_weights import load_tokenizer_weights, with_frozen, without_frozen
 
 Batch = dict[str, Any]
 
@@ -89,8 +91,13 @@ class GenerativeModule(Pretrained, L.LightningModule):
 
     # Training
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A frozen tokenizer is a file of its own: checkpoints hold no copy of it."""
+        checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], self.tokenizer)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed run must have the sizes that the checkpoint was trained with."""
+        checkpoint["state_dict"] = with_frozen(checkpoint["state_dict"], self.tokenizer)
         check_fit(
             checkpoint["state_dict"], self.state_dict(), origin=f"the checkpoint {self.trainer.ckpt_path} (CKPT=)"
         )
@@ -101,6 +108,8 @@ class GenerativeModule(Pretrained, L.LightningModule):
                 f"--trainer.precision={self.trainer.precision} would round small updates away: use bf16-mixed, "
                 f"which keeps weights and averages in float32"
             )
+        load_tokenizer_weights(self.tokenizer)
+        check_cache(self, self.trainer.datamodule)
         if stage == "fit" and self.init_from and self.trainer.ckpt_path is None:
             self.load_official(self.init_from, key=self.init_key)
 
@@ -150,6 +159,10 @@ class GenerativeModule(Pretrained, L.LightningModule):
         """uint8 images (B, 3, H, W) for the batch's labels."""
         generator = self._step_generator("predict", batch_idx)
         return to_uint8(self.sample(batch["label"], generator=generator))
+
+    def tokens(self, batch: Batch, generator: Generator | None) -> Tokens:
+        """The batch's tokens; the tokenizer's own noise is drawn like all other training noise."""
+        return self.tokenizer(batch, lambda shape: self.global_rows(torch.randn, *shape, generator=generator))
 
     def global_rows(self, draw: Callable[..., Tensor], batch: int, *shape: int, generator: Generator | None) -> Tensor:
         """This rank's rows of one draw for the global batch: (batch, *shape).

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from layers.checkpoint import Rule, check_fit, to_official, to_ours
-from layers.embed import LabelEmbedder
+from layers.embed import LabelEmbedder, SplitLabelEmbedder
+from layers.tokenizers.base import Tokenizer
+from lightning_modules.tokenizer_weights import load_tokenizer_weights, with_frozen, without_frozen
 from lightning_modules.weights import read_checkpoint, read_official, read_own
 
 
@@ -17,6 +19,7 @@ class Pretrained(nn.Module):
 
     OFFICIAL_KEYS: ClassVar[tuple[str, ...]] = ("model", "model_ema")  # sets in an official file: raw first, then EMAs
     init_classes: Literal["keep", "new"]
+    tokenizer: Tokenizer
 
     def official_rules(self) -> list[Rule]:
         """Official parameter names <-> ours."""
@@ -65,20 +68,27 @@ class Pretrained(nn.Module):
         self.load_weights(state, origin=f"{path}{hint}")
 
     def load_weights(self, state: Mapping[str, Tensor], *, origin: str) -> None:
-        """Strict load; one ValueError names what does not fit. Nothing is changed if it fails."""
+        """Strict load; one ValueError names what does not fit. Nothing is changed if it fails.
+
+        A frozen tokenizer's weights come from its own file.
+        """
+        load_tokenizer_weights(self.tokenizer)
+        state = with_frozen(state, self.tokenizer)
         check_fit(state, self.state_dict(), origin=origin)
         self.load_state_dict(state)
 
     def official_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """This module's weights (or `state`, of the same names) under official names and layouts."""
-        return to_official(self.state_dict() if state is None else state, self.official_rules())
+        state = self.state_dict() if state is None else state
+        return to_official(without_frozen(state, self.tokenizer), self.official_rules())
 
     def _with_new_classes(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fresh rows for our classes; the file's last row, 'no label', stays: guidance keeps its other branch."""
+        """Fresh vectors for our classes; the file's 'no label' stays: guidance keeps its other branch."""
         for prefix, module in self.named_modules():
-            name = f"{prefix}.embedding_table.weight"
-            if isinstance(module, LabelEmbedder) and name in state:
-                fresh = module.embedding_table.weight.detach().cpu()
-                if state[name].shape[1:] == fresh.shape[1:]:  # else the strict load reports it with the rest
+            if isinstance(module, LabelEmbedder):
+                name, fresh = f"{prefix}.embedding_table.weight", module.embedding_table.weight.detach().cpu()
+                if name in state and state[name].shape[1:] == fresh.shape[1:]:  # else the strict load reports it
                     state[name] = torch.cat([fresh[:-1], state[name][-1:]])
+            elif isinstance(module, SplitLabelEmbedder):
+                state[f"{prefix}.class_emb.weight"] = module.class_emb.weight.detach().cpu().clone()
         return state

@@ -19,9 +19,15 @@ SMOKE = recipes.FOLDER / "smoke.yaml"
 
 
 def tiny(experiment: str) -> dict[str, Any]:
-    """TINY of tests/methods/test_<module>.py, where <module> is the file of the recipe's LightningModule."""
+    """TINY of tests/methods/test_<module>.py, where <module> is the file of the recipe's LightningModule.
+
+    Its TINY_OF[experiment] comes on top; a class there drops the arguments of the one it replaces.
+    """
     class_path = load_config(experiment)["model"]["class_path"]
-    return importlib.import_module(f"tests.methods.test_{class_path.split('.')[1]}").TINY
+    test = importlib.import_module(f"tests.methods.test_{class_path.split('.')[1]}")
+    own = getattr(test, "TINY_OF", {}).get(experiment, {})
+    replaced = tuple(key.replace("class_path", "init_args.") for key in own if key.endswith("class_path"))
+    return {key: value for key, value in test.TINY.items() if not (replaced and key.startswith(replaced))} | own
 
 
 def shrunken(experiment: str) -> list[str]:

@@ -34,11 +34,8 @@ def test_command_line_and_loader_build_the_same(experiment):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_image_size_of_data_and_model_agree(experiment):
-    config = load_config(experiment)
-    assert (
-        config["data"]["init_args"]["image_size"]
-        == config["model"]["init_args"]["tokenizer"]["init_args"]["image_size"]
-    )
+    tokenizer = load_config(experiment)["model"]["init_args"]["tokenizer"]
+    assert load_data(experiment).image_size == tokenizer["init_args"]["image_size"]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -1,0 +1,343 @@
+"""MAR: autoregressive image generation without vector quantisation (Li et al., arXiv 2406.11838; code LTH14/mar).
+
+Unusual: a Transformer yields one vector z per token, and a small diffusion model on single tokens, conditioned on z,
+stands for p(token | z). Orders are random, attention is bidirectional, several tokens are drawn per iteration; raster
+or causal variants of the paper share the trunk. In: tokens (B, L, D) or ids (B, L), labels (B,). Out: z (B, R, E).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from layers.checkpoint import Rule
+from layers.gather import put, take
+from layers.heads.base import Head, OneShotHead
+from layers.heads.categorical import CategoricalHead
+from layers.heads.diffusion import DiffusionHead
+from layers.heads.flow import FlowHead
+from layers.heads.regression import RegressionHead
+from layers.networks.mar import MAR, MARConfig
+from layers.patch import channel_major_to_ours, ours_to_channel_major
+from layers.precision import compute_dtype
+from layers.random import Generators, mix_seed, randn
+from layers.samplers.masked import annealed_steps, linear_cfg_scale, mask_lengths, mask_rate, reveal
+from layers.tokenizers.base import Tokenizer
+from lightning_modules.base import Batch, GenerativeModule
+from lightning_modules.config import as_config
+from lightning_modules.optim import OptimConfig
+from lightning_modules.protocol import Protocol
+
+
+@dataclass
+class HeadConfig:
+    """What stands for p(token | z). Paper section 3; Tables 1 and 3, appendix D.3."""
+
+    kind: Literal["diffusion", "flow", "categorical", "regression"] = "diffusion"
+    width: int = 1024
+    depth: int = 6
+    repeat: int = 4  # draws of time and noise per token and step (diffusion_batch_mul); others have no such draws
+
+
+@dataclass
+class MARObjective:
+    """Which tokens are masked in training."""
+
+    mask_ratio_min: float = 0.7
+    mask_multiple: int = 1  # round the masked count up to a multiple: few lengths, so few compiled graphs
+    label_drop_prob: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("mask_ratio_min", "label_drop_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"objective.{name} is {getattr(self, name)}: it must be in 0..1")
+        if self.mask_multiple < 1:
+            raise ValueError(f"objective.mask_multiple is {self.mask_multiple}: use 1 or more")
+
+
+@dataclass
+class MARSampling:
+    """Sampler settings. Official `sample_tokens`; causal variants draw one token at a time whatever `num_iter` says."""
+
+    num_iter: int = 64
+    num_steps: int = 100  # diffusion steps per token; 1 for heads that answer at once
+    num_steps_last: int | None = None  # opt-in approximation (DiSA): steps fall linearly to this many
+    solver: Literal["ddpm", "ddim", "euler", "heun", "direct"] | None = None  # null: the head's usual one
+    cfg_scale: float = 1.0  # off at 1
+    cfg_schedule: Literal["linear", "constant"] = "linear"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_iter", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling.{name} is {getattr(self, name)}: sampling needs at least one")
+
+
+Noise = Callable[[int, int, int], Tensor]  # (draws, tokens per image, D) -> standard normal (draws, B tokens, D)
+
+
+def make_head(config: HeadConfig, width: int, *, token_dim: int, vocab_size: int | None) -> Head:
+    """The head of a recipe. Raises ValueError where tokens are ids and the head is continuous, or the reverse."""
+    if (config.kind == "categorical") != bool(vocab_size):
+        kinds = "ids: use head.kind=categorical" if vocab_size else "continuous: use diffusion, flow or regression"
+        raise ValueError(f"head.kind is {config.kind}, but the tokenizer's tokens are {kinds}")
+    if config.kind == "categorical":
+        return CategoricalHead(vocab_size, width)
+    if config.kind == "regression":
+        return RegressionHead(token_dim, width)
+    kind = DiffusionHead if config.kind == "diffusion" else FlowHead
+    return kind(token_dim, width, width=config.width, depth=config.depth)
+
+
+class MARModule(GenerativeModule):
+    """Training and sampling of MAR and the paper's variants; see GenerativeModule for the common arguments."""
+
+    OFFICIAL_KEYS = ("model", "model_ema")
+    UNCONDITIONAL = ("objective.label_drop_prob=0", "sampling.cfg_scale=1")
+    PROTOCOL = Protocol(
+        num_images=50_000,
+        num_classes=1000,
+        statistics={256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"},
+        weights=("0.9999", "model_ema"),
+        note="50 images per class, average weights, 256 iterations x 100 steps, guidance of the recipe (linear); FID "
+        "against the mean and covariance in ADM's reference batch, from PNG files",
+    )
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        num_classes: int = 1000,
+        net: MARConfig = MARConfig(),  # noqa: B008 (dataclass defaults are never changed in place)
+        head: HeadConfig = HeadConfig(),  # noqa: B008
+        objective: MARObjective = MARObjective(),  # noqa: B008
+        sampling: MARSampling = MARSampling(),  # noqa: B008
+        optim: OptimConfig = OptimConfig(blr=1e-4),  # noqa: B008
+        init_from: str | None = None,
+        init_key: str | None = None,
+        init_classes: Literal["keep", "new"] = "keep",
+        compile: bool = False,
+    ) -> None:
+        sampling = as_config(MARSampling, sampling)
+        super().__init__(
+            tokenizer,
+            num_classes,
+            optim,
+            sampling,
+            init_from=init_from,
+            init_key=init_key,
+            init_classes=init_classes,
+            compile=compile,
+        )
+        self.objective = as_config(MARObjective, objective)
+        config, self.head_config = as_config(MARConfig, net), as_config(HeadConfig, head)
+        sizes = {"token_dim": self.tokenizer.token_dim, "vocab_size": self.tokenizer.vocab_size}
+        self.net = MAR(config, seq_len=self.tokenizer.seq_len, num_classes=num_classes, **sizes)
+        self.head = make_head(self.head_config, self.net.decoder_width, **sizes)
+        self.save_arguments(
+            tokenizer=self.tokenizer,
+            num_classes=num_classes,
+            net=config,
+            head=self.head_config,
+            objective=self.objective,
+            sampling=sampling,
+            optim=self.optim,
+            init_from=init_from,
+            init_key=init_key,
+            init_classes=init_classes,
+            compile=compile,
+        )
+
+    def no_weight_decay(self, name: str, param: nn.Parameter) -> bool:
+        """The head has no decay; tables and class vectors have. Official `misc.py`."""
+        return name.startswith("head.")
+
+    def compiled_modules(self) -> list[nn.Module]:
+        return [self.net, self.head]
+
+    def training_loss(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
+        """Mean of the head's loss over masked tokens (all tokens of causal variants). Official `forward`."""
+        x = self.tokens(batch, generator).x  # (B, L, D) or (B, L)
+        size, seq_len = x.shape[:2]
+        dropped = self.global_rows(torch.rand, size, generator=generator) < self.objective.label_drop_prob
+        labels = torch.where(dropped & self.training, self.num_classes, batch["label"])
+        orders = self.orders(self.global_rows(torch.rand, size, seq_len, generator=generator))
+        num_masked = seq_len if self.causal else self.num_masked(generator)
+        one_shot = isinstance(self.head, OneShotHead)  # no times, no noise
+        shape = (size, 1 if one_shot else self.head_config.repeat, num_masked)
+        time = self.head.draw_times(self.global_rows(torch.rand, *shape, generator=generator))
+        dim = 0 if one_shot else self.tokenizer.token_dim
+        noise = self.global_rows(torch.randn, *shape, dim, generator=generator)
+        return self.masked_loss(x, labels, orders[:, :num_masked], orders[:, num_masked:], time, noise)
+
+    def masked_loss(
+        self, x: Tensor, labels: Tensor, masked: Tensor, known: Tensor, time: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """Loss for given draws: positions masked (B, R) and known (B, K), time (B, M, R), noise (B, M, R, D).
+
+        Only masked rows meet the head, and each condition is projected once for its M draws.
+        """
+        z = self.conditions(x, labels, masked, known)  # (B, R, E)
+        wanted = take(x, masked).flatten(0, 1)  # (B R, D) or (B R,)
+        time = time.transpose(0, 1).flatten(1)  # (M, B R)
+        terms = self.head.loss(wanted, z.flatten(0, 1), time, noise.transpose(0, 1).flatten(1, 2))
+        return {name: value.mean() for name, value in terms.items()}
+
+    def conditions(self, x: Tensor, labels: Tensor, masked: Tensor, known: Tensor) -> Tensor:
+        """z (B, R, E) of the masked positions; causal variants predict each from those that come before it."""
+        if not self.causal:
+            return self.net(take(x, known), known, masked, labels)
+        return self.net.causal(take(x, masked[:, :-1]), masked[:, :-1], masked, labels)
+
+    @property
+    def causal(self) -> bool:
+        return self.net.config.attention == "causal"
+
+    def orders(self, keys: Tensor) -> Tensor:
+        """Orders (B, L) from random keys (B, L): last revealed first, but for causal trunks in order of generation."""
+        if self.net.config.order == "random":
+            return keys.argsort(dim=1)
+        raster = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
+        return raster if self.causal else raster.flip(1)
+
+    def num_masked(self, generator: Generator | None) -> int:
+        """Masked tokens of this step, one number for all images and processes, drawn on the host.
+
+        The official code draws one per process; a common one leaves no process waiting for another.
+        """
+        host = Generator().manual_seed(mix_seed(generator.initial_seed())) if generator else None
+        u = float(torch.rand((), generator=host, dtype=torch.float64))
+        count = math.ceil(self.tokenizer.seq_len * mask_rate(u, self.objective.mask_ratio_min))
+        multiple = self.objective.mask_multiple
+        return min(self.tokenizer.seq_len, -(-count // multiple) * multiple)
+
+    # Sampling
+
+    def sample_tokens(self, labels: Tensor, sampling: MARSampling, generator: Generators = None) -> Tensor:
+        """Tokens (B, L, D) or ids (B, L) for labels (B,). Official `sample_tokens`."""
+        orders = self.orders(randn((len(labels), self.net.seq_len), generator, device=self.device))
+        return self.generate(labels, orders, self.noise_source(len(labels), generator), sampling)
+
+    def noise_source(self, batch: int, generator: Generators) -> Noise:
+        """(draws, tokens per image, D) -> noise (draws, B tokens, D): each image's comes from its own generator."""
+
+        def draw(draws: int, tokens: int, dim: int) -> Tensor:
+            noise = randn((batch, draws, tokens, dim), generator, device=self.device)
+            return noise.transpose(0, 1).flatten(1, 2)
+
+        return draw
+
+    def generate(self, labels: Tensor, orders: Tensor, noise: Noise, sampling: MARSampling) -> Tensor:
+        """The sampler for given orders (B, L) and noise."""
+        x = self.empty_tokens(len(labels))
+        if self.causal:
+            return self._generate_causal(x, labels, orders, noise, sampling)
+        return self.fill(x, labels, orders, self.net.seq_len, noise, sampling)
+
+    def fill(
+        self, x: Tensor, labels: Tensor, orders: Tensor, num_unknown: int, noise: Noise, sampling: MARSampling
+    ) -> Tensor:
+        """Replace the unknown tokens `orders[:, :num_unknown]` of x, some per iteration; the others stay."""
+        lengths = mask_lengths(num_unknown, sampling.num_iter)
+        steps = annealed_steps(sampling.num_steps, sampling.num_steps_last or sampling.num_steps, len(lengths))
+        labels = self._with_null(labels, sampling)
+        for k, (known, new) in enumerate(reveal(orders, num_unknown, lengths)):
+            scale = self._scale(sampling, lengths[k])
+            z = self._guided_z(x, labels, new, known)
+            x = put(x, new, self._draw(z, new, noise, scale, steps[k], sampling))
+        return x
+
+    def _generate_causal(
+        self, x: Tensor, labels: Tensor, orders: Tensor, noise: Noise, sampling: MARSampling
+    ) -> Tensor:
+        """One token after another, in order of generation, with a KV cache."""
+        labels = self._with_null(labels, sampling)
+        cache = self.net.init_cache(len(labels), dtype=compute_dtype(self.device), device=self.device)
+        for j in range(orders.shape[1]):
+            new, last = orders[:, j : j + 1], orders[:, max(j - 1, 0) : j]  # (B, 1), and (B, 1) or at first (B, 0)
+            known, targets = self._both(last, labels), self._both(new, labels)
+            tokens = take(self._both(x, labels), known)
+            z = self.net.causal(tokens, known, targets, labels if j == 0 else None, cache)  # (B, 1, E)
+            scale = self._scale(sampling, max(1, orders.shape[1] - j - 1))
+            x = put(x, new, self._draw(z, new, noise, scale, sampling.num_steps, sampling))
+        return x
+
+    def empty_tokens(self, batch: int) -> Tensor:
+        """Tokens of which nothing is known yet."""
+        if self.tokenizer.vocab_size:
+            return torch.zeros(batch, self.net.seq_len, dtype=torch.int64, device=self.device)
+        return torch.zeros(batch, self.net.seq_len, self.tokenizer.token_dim, device=self.device)
+
+    def _with_null(self, labels: Tensor, sampling: MARSampling) -> Tensor:
+        """Labels of both guidance branches (2B,), or of the only one (B,)."""
+        return labels if sampling.cfg_scale == 1 else torch.cat([labels, torch.full_like(labels, self.num_classes)])
+
+    def _both(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x (B, ...) for as many branches as there are labels."""
+        return x if len(x) == len(labels) else torch.cat([x, x])
+
+    def _guided_z(self, x: Tensor, labels: Tensor, new: Tensor, known: Tensor) -> Tensor:
+        """z (B or 2B, R, E) of the new positions in all branches.
+
+        While nothing is known, an image differs from another by its class alone: each class is computed once.
+        """
+        if known.shape[1]:
+            known, new, x = (self._both(y, labels) for y in (known, new, x))
+            return self.net(take(x, known), known, new, labels)
+        classes, index = labels.unique(return_inverse=True)
+        everywhere = torch.arange(self.net.seq_len, device=x.device).expand(len(classes), -1)
+        z = self.net(x[:1, :0].expand(len(classes), *x[:1, :0].shape[1:]), everywhere[:, :0], everywhere, classes)
+        return take(z[index], self._both(new, labels))
+
+    def _draw(
+        self, z: Tensor, new: Tensor, noise: Noise, scale: float, num_steps: int, sampling: MARSampling
+    ) -> Tensor:
+        """Tokens (B, R, ...) from z (B or 2B, R, E)."""
+        cond, *uncond = z.split(len(new))
+        solver = sampling.solver or self.head.SOLVERS[0]
+        draws, dim = self.head.noise_shape(num_steps, solver)
+        rows = self.head.sample(
+            cond.flatten(0, 1),
+            noise(draws, new.shape[1], dim),
+            uncond=uncond[0].flatten(0, 1) if uncond else None,
+            cfg_scale=scale,
+            temperature=sampling.temperature,
+            num_steps=num_steps,
+            solver=solver,
+        )
+        return rows.unflatten(0, new.shape)
+
+    def _scale(self, sampling: MARSampling, unknown: int) -> float:
+        if sampling.cfg_schedule == "constant":
+            return sampling.cfg_scale
+        return linear_cfg_scale(sampling.cfg_scale, unknown, self.net.seq_len)
+
+    def official_rules(self) -> list[Rule]:
+        """Names are the official ones; a token's channels, there channel-major, are permuted to our order."""
+        names = [Rule(name, f"net.y_embedder.{name}") for name in ("class_emb.weight", "fake_latent")]
+        trained = Rule("tokenizer.*", "tokenizer.*")  # one that is not frozen; no official file has it
+        return [*names, trained, *self._patch_rules(), Rule("diffloss.*", "head.*"), Rule("*", "net.*")]
+
+    def _patch_rules(self) -> list[Rule]:
+        """Rules of the tensors that have an axis of token channels, where a token is a patch of several pixels."""
+        p = getattr(self.tokenizer, "patch_size", 1)
+        if p == 1 or self.tokenizer.vocab_size:
+            return []
+        channels = self.tokenizer.token_dim // p**2
+        ours, official = channel_major_to_ours(p, channels), ours_to_channel_major(p, channels)
+
+        def columns(index: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda w: w[:, index.to(w.device)]
+
+        def outputs(index: Tensor) -> Callable[[Tensor], Tensor]:  # rows of the noise, then of the variance
+            return lambda w: w.unflatten(0, (-1, len(index)))[:, index.to(w.device)].flatten(0, 1)
+
+        last = "net.final_layer.linear"
+        return [
+            Rule("z_proj.weight", "net.z_proj.weight", columns(ours), columns(official)),
+            Rule("diffloss.net.input_proj.weight", "head.net.input_proj.weight", columns(ours), columns(official)),
+            Rule(f"diffloss.{last}.weight", f"head.{last}.weight", outputs(ours), outputs(official)),
+            Rule(f"diffloss.{last}.bias", f"head.{last}.bias", outputs(ours), outputs(official)),
+        ]
