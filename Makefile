@@ -43,7 +43,7 @@ need_exp = $(if $(strip $(EXP)),,$(error EXP is missing: for example make $@ EXP
 weights = --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA))
 scoring = $(call opt,num,$(NUM)) $(call opt,stats,$(STATS)) $(call opt,extractor,$(EXTRACTOR)) $(call opt,devices,$(DEVICES)) $(call opt,out,$(OUT)) --seed "$(SEED)"
 
-.PHONY: help setup train sample export eval sweep stats cache plan claims smoke test test-slow test-gpu lint bench tensorboard
+.PHONY: help setup train sample export eval sweep stats cache latents plan claims smoke test test-slow test-gpu lint bench tensorboard
 
 help:  ## this text
 	@echo "softtokens: image generation without a vector-quantised bottleneck"
@@ -88,6 +88,9 @@ stats: $(READY)  ## reference statistics of EXP's data: SPLIT=train EXTRACTOR=in
 
 cache: $(READY)  ## latents of EXP's images, by its tokenizer: SPLIT=train OUT=folder DEVICES=8; goes on where it stopped
 	$(need_exp)@$(PY) -m experiments.cache --exp "$(strip $(EXP))" --split "$(SPLIT)" $(call opt,devices,$(DEVICES)) $(call opt,out,$(OUT)) $(ARGS)
+
+latents: $(READY)  ## latent_scale of EXP's trained tokenizer (CKPT or OFFICIAL), over NUM training images of its data
+	$(need_exp)@$(PY) -m experiments.measure_latents $(weights) $(call opt,num,$(NUM)) --seed "$(SEED)" $(ARGS)
 
 plan: $(READY)  ## parameters, memory, FLOPs and hours of EXP on GPU=h100 GPUS=8 MFU=0.4, before a GPU is paid for
 	$(need_exp)@$(PY) -m experiments.plan --exp "$(strip $(EXP))" --gpu "$(GPU)" $(call opt,gpus,$(GPUS)) $(call opt,mfu,$(MFU)) $(ARGS)

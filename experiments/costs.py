@@ -112,7 +112,7 @@ def training_flops(module: GenerativeModule) -> tuple[float, float]:
 
 
 def sampling_flops(module: GenerativeModule) -> int:
-    """FLOPs of one image by the module's sampler and its settings.
+    """FLOPs of one image by the module's sampler and its settings; of an autoencoder, there and back.
 
     A network that is called again with the same shapes is not run again, its count is added once more: a sampler runs
     hundreds of times what takes a second even without arithmetic.
@@ -139,8 +139,10 @@ def sampling_flops(module: GenerativeModule) -> int:
     parts = module.compiled_modules()
     for part in parts:
         part.forward = counted_once(part.forward)
+    image = fake_batch(module, 1, "meta")["image"]
     try:
-        return count_flops(lambda: module.sample([0])) + repeated
+        draw = (lambda: module.reconstruct(image)) if hasattr(module, "reconstruct") else (lambda: module.sample([0]))
+        return count_flops(draw) + repeated
     finally:
         for part in parts:
             del part.forward  # the class's own again

@@ -1,7 +1,8 @@
 """Draw images: `python -m experiments.sample --exp jit_digits --ckpt last --labels 0,1,2 --num 64 --out out/`.
 
 Writes `grid.png`, one PNG per image, `samples.npz` (`arr_0` uint8 (N, H, W, 3), `labels` int64) and `settings.json`.
-Image i depends on (seed, i) only, not on the batch that it was drawn in. `make sample` calls this.
+Image i depends on (seed, i) only, not on the batch that it was drawn in. Of an autoencoder, which draws nothing, what
+comes back of validation images is written (experiments/reconstruct.py). `make sample` calls this.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torch import Tensor
 from experiments import recipes
 from experiments.errors import one_line_errors
 from experiments.load import check_arguments, find_class, instantiate, load_config, merge, parse_override
+from experiments.reconstruct import reconstruct
 from layers.random import row_generators
 from lightning_modules.base import GenerativeModule, to_uint8
 from lightning_modules.paths import shown
@@ -125,6 +127,11 @@ def main() -> None:
         raise ValueError(f"OUT is '{options.out}', which is a file: give a folder")
     if options.batch_size < 1:
         raise ValueError(f"--batch_size is {options.batch_size}: give the images to draw at once")
+    if hasattr(find_class(load_config(options.exp)["model"]["class_path"], "model"), "reconstruct"):
+        data = [text for text in overrides if text.startswith("--data.")]
+        module, source = load(options, [text for text in overrides if text not in data])
+        reconstruct(module, options, data, source)
+        return
     module, source = load(options, overrides)
     labels = parse_labels(options.labels, module.num_classes, options.num)
     if options.compile and options.device == "cpu":

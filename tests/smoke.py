@@ -4,6 +4,7 @@ Shrinking is `experiments/smoke.yaml` plus the TINY overrides at the head of the
 """
 
 import importlib
+import json
 import sys
 import tempfile
 from contextlib import chdir
@@ -12,7 +13,7 @@ from typing import Any
 
 from experiments import export, main, recipes, sample
 from experiments.errors import one_line_errors
-from experiments.load import load_config
+from experiments.load import find_class, load_config
 from lightning_modules.weights import read_torch
 
 SMOKE = recipes.FOLDER / "smoke.yaml"
@@ -35,6 +36,16 @@ def shrunken(experiment: str) -> list[str]:
     return [f"--config={SMOKE}", *(f"--{key}={value}" for key, value in tiny(experiment).items())]
 
 
+def asked(experiment: str) -> list[str]:
+    """What is asked for when it draws: labels, or, of an autoencoder, the data whose images it gives back."""
+    overrides = [f"{key}={value}" for key, value in tiny(experiment).items()]
+    config = load_config(experiment, overrides, overlays=[SMOKE])
+    if not hasattr(find_class(config["model"]["class_path"], "model"), "reconstruct"):
+        return ["--labels", "1,0"]
+    data = config["data"]
+    return [f"--data.class_path={data['class_path']}", f"--data.init_args={json.dumps(data['init_args'])}"]
+
+
 def train(experiment: str, *extra: str) -> Any:
     """A smoke run through the command line in this process; the CLI object."""
     return main.cli(["fit", "--exp", experiment, *shrunken(experiment), *extra])
@@ -51,7 +62,7 @@ def smoke(experiment: str, folder: Path) -> None:
         assert last.parent == first.parent and not first.exists(), "a resumed run goes on in its own folder"
         assert read_torch(last)["global_step"] == 4
         assert list(last.parent.parent.glob("samples/*.png")), "no sample grid was written"
-        call(sample.main, "--exp", experiment, "--ckpt", "last", "--num", "3", "--labels", "1,0", "--out", "out")
+        call(sample.main, "--exp", experiment, "--ckpt", "last", "--num", "3", "--out", "out", *asked(experiment))
         assert {"grid.png", "samples.npz", "settings.json"} <= {path.name for path in Path("out").iterdir()}
         call(export.main, "--exp", experiment, "--ckpt", "last", "--out", "weights.safetensors")
         assert Path("weights.safetensors").stat().st_size > 0

@@ -1,4 +1,8 @@
-"""Sample grids while training, from the raw weights and from every EMA side by side."""
+"""Sample grids while training, from the raw weights and from every EMA side by side.
+
+A module that draws nothing but gives images back (it has `originals` and `reconstruct`) shows validation images first,
+then what came back of them.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,10 +54,14 @@ class SampleGrid(L.Callback):
     def _draw(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
         names = self.chosen or ["raw", *(ema.names if ema else [])]
-        grids = []
+        originals = None
+        if hasattr(pl_module, "reconstruct"):
+            originals = pl_module.originals(trainer.datamodule, self.num_images)
+        grids = [] if originals is None else [make_grid(originals, columns=self.columns)]
         for name in names:
             with ema.weights(pl_module, name) if ema else torch.no_grad(), trainer.precision_plugin.forward_context():
-                images = to_uint8(self._sample(pl_module))
+                images = self._sample(pl_module) if originals is None else pl_module.reconstruct(originals)
+                images = to_uint8(images)
             grids.append(make_grid(images, columns=self.columns))
             if isinstance(trainer.logger, TensorBoardLogger):
                 trainer.logger.experiment.add_image(f"samples/{name}", grids[-1], trainer.global_step)

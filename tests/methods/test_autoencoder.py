@@ -1,0 +1,42 @@
+"""The tokenizers' recipes: their TINY sizes, and what the papers fix."""
+
+import torch
+
+from experiments.load import load_data, load_module
+
+# Overrides that shrink any recipe of an autoencoder; tests/smoke.py and the contract tests run every recipe with them.
+TINY = {
+    "data.init_args.image_size": 16,
+    "data.init_args.num_classes": 10,
+    "model.init_args.num_classes": 10,
+    "model.init_args.tokenizer.init_args.image_size": 16,
+    "model.init_args.tokenizer.init_args.arch.base_channels": 8,
+    "model.init_args.tokenizer.init_args.arch.multipliers": [1, 2],
+    "model.init_args.tokenizer.init_args.arch.num_res_blocks": 1,
+    "model.init_args.tokenizer.init_args.arch.z_channels": 4,
+    "model.init_args.tokenizer.init_args.arch.encoder_attention": [],
+    "model.init_args.tokenizer.init_args.arch.norm_groups": 4,
+    "model.init_args.objective.perceptual_weight": 0.0,
+    "model.init_args.objective.disc_start": 0,
+    "model.init_args.discriminator.channels": 8,
+    "model.init_args.discriminator.num_layers": 1,
+}
+
+
+def test_recipe_is_kl_16_by_the_recipe_of_ldm():
+    with torch.device("meta"):
+        module = load_module("vae")
+    tokenizer, objective = module.tokenizer, module.objective
+    assert sum(p.numel() for p in tokenizer.parameters() if p.requires_grad) == 66_456_019  # MAR's kl16.ckpt
+    assert (tokenizer.latent_size, tokenizer.arch.latent_channels, tokenizer.arch.stride) == (16, 16, 16)
+    assert (objective.l1_weight, objective.l2_weight, objective.reduction) == (1, 0, "sum")
+    assert (objective.kl_weight, objective.perceptual_weight) == (1e-6, 1)
+    assert (objective.disc_weight, objective.disc_start) == (0.5, 50_001)
+    assert module.optim.betas == (0.5, 0.9) and module.optim.weight_decay == 0
+    assert module.optim.peak_lr(load_data("vae").batch_size) == 1e-4 and load_data("vae").batch_size == 256
+
+
+def test_toy_recipes_reduce_as_their_headers_say():
+    for experiment, grid in {"vae_digits": (4, 4, 4), "vae_openmoji": (8, 8, 8)}.items():
+        tokenizer = load_module(experiment).tokenizer
+        assert (tokenizer.latent_size, tokenizer.latent_size, tokenizer.arch.latent_channels) == grid
