@@ -18,6 +18,8 @@ OUT ?=
 STATS ?=
 EXTRACTOR ?=
 IMAGES ?=
+IMAGE ?=
+MASK ?=
 SAVE ?=
 DEVICES ?=
 SPLIT ?= train
@@ -71,8 +73,8 @@ setup: $(READY)  ## make .venv with the tested versions (every other target does
 train: $(READY)  ## train EXP, e.g. make train EXP=jit_digits; CKPT= resumes, OFFICIAL= fine-tunes
 	$(need_exp)@$(PY) -m experiments.main fit --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(ARGS)
 
-sample: $(READY)  ## draw NUM images of EXP from CKPT or OFFICIAL into OUT: LABELS=0,1,2 NUM=64 SEED=0 OUT=out/
-	$(need_exp)@$(PY) -m experiments.sample --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA)) $(call opt,labels,$(LABELS)) --num "$(or $(strip $(NUM)),64)" --seed "$(SEED)" --out "$(or $(strip $(OUT)),out/)" $(ARGS)
+sample: $(READY)  ## draw NUM images of EXP from CKPT or OFFICIAL into OUT: LABELS=0,1,2 NUM=64 SEED=0 OUT=out/; IMAGE=in.png MASK=mask.png draws the mask's white part anew
+	$(need_exp)@$(PY) -m experiments.sample --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA)) $(call opt,labels,$(LABELS)) $(call opt,image,$(IMAGE)) $(call opt,mask,$(MASK)) --num "$(or $(strip $(NUM)),64)" --seed "$(SEED)" --out "$(or $(strip $(OUT)),out/)" $(ARGS)
 
 export: $(READY)  ## write EXP's CKPT in the official layout (OUT=x.pth, all weights) or as safetensors (OUT=x.safetensors, EMA=)
 	$(need_exp)@$(PY) -m experiments.export --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,ema,$(EMA)) --out "$(or $(strip $(OUT)),out/)" $(ARGS)
@@ -95,9 +97,11 @@ latents: $(READY)  ## latent_scale of EXP's trained tokenizer (CKPT or OFFICIAL)
 plan: $(READY)  ## parameters, memory, FLOPs and hours of EXP on GPU=h100 GPUS=8 MFU=0.4, before a GPU is paid for
 	$(need_exp)@$(PY) -m experiments.plan --exp "$(strip $(EXP))" --gpu "$(GPU)" $(call opt,gpus,$(GPUS)) $(call opt,mfu,$(MFU)) $(ARGS)
 
-claims: $(READY)  ## try every claim of the papers anew and write docs/claims.md: under an hour on 2 cores
+claims: $(READY)  ## try every claim of the papers anew and write docs/claims.md: about an hour on 2 cores
 	@$(PY) -m benchmarks.claims.jit_toy $(ARGS)
 	@$(PY) -m benchmarks.claims.jit_prediction $(ARGS)
+	@$(PY) -m benchmarks.claims.mar_loss $(ARGS)
+	@$(PY) -m benchmarks.claims.mar_head $(ARGS)
 
 smoke: $(READY)  ## EXP shrunken, on synthetic data and CPU: train, resume, sample in seconds
 	$(need_exp)@$(PY) -m tests.smoke "$(strip $(EXP))"

@@ -3,6 +3,7 @@ docs/claims.md is what the stored results give."""
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 
 from benchmarks.claims import digits, jit_prediction, jit_toy, ledger
 from benchmarks.claims.ledger import Claim, Places
+from tests.test_claims_mar import TINY_HEAD, TINY_LOSS
 
 TINY = {
     "jit_toy": {
@@ -36,6 +38,8 @@ TINY = {
         "samples": 20,
         "sampling_steps": 2,
     },
+    "mar_loss": TINY_LOSS,
+    "mar_head": TINY_HEAD,
 }
 
 
@@ -121,6 +125,15 @@ def test_ledger_replaces_its_sections_and_nothing_else(squares, places):
 def test_a_lone_marker_is_an_error(marker):
     with pytest.raises(ValueError, match="only one of the markers"):
         ledger.replace_section(f"text {marker} text", "jit_toy", "body")
+
+
+def test_floats_are_rounded_in_groups_too(monkeypatch):
+    claim = counting([])
+    cell = {"way": {"figure": 1 / 3, "count": 2}, "plain": 2 / 3, "points": {"way": [[1]]}}
+    monkeypatch.setattr(ledger, "find", lambda name: replace(claim, compute=lambda key, settings: cell))
+    _, found = ledger.compute_cell("jit_toy", "0", {})
+    assert found.pop("seconds") >= 0
+    assert found == {"way": {"figure": 0.333333, "count": 2}, "plain": 0.666667, "points": {"way": [[1]]}}
 
 
 def test_spread_gives_the_mean_and_the_range():

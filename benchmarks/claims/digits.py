@@ -1,10 +1,12 @@
 """Small models on scikit-learn's digits, for claims: a training loop, and figures that need no trained network.
 
 The digits are stored at 8 px; larger ones have every pixel repeated. In: a GenerativeModule. Out: uint8 samples
-(N, 3, S, S) and their Frechet distance, the verdict of `judge_digits`, and their noise.
+(N, 3, S, S) and their Frechet distance, the verdict of `judge_digits`, and their noise; the verdict of a claim's rules.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from benchmarks.claims.ledger import Cell, Settings
 from benchmarks.judge_digits import judge
 from datamodules.base import TensorRows
 from datamodules.digits import SIDE, DigitsData
+from layers.random import mix_seed
 from lightning_modules.base import GenerativeModule, to_uint8
 from lightning_modules.callbacks.ema import EMA
 from lightning_modules.extractors import RandomConvolutions
@@ -31,10 +34,11 @@ def rows(image_size: int, split: str) -> TensorRows:
     return train if split == "train" else val
 
 
-def train(module: GenerativeModule, settings: Settings, seed: int) -> EMA:
+def train(module: GenerativeModule, settings: Settings, seed: int, *, reseed: bool = False) -> EMA:
     """`steps` AdamW steps of `batch` rows with `lr`, `warmup` and a cosine to 0; the average of decay `ema`.
 
-    Rows and noise depend on the seed alone, not on the model.
+    Rows and noise depend on the seed alone, not on the model. reseed: each step's noise has a seed of its own, as in
+    training by recipe, for a module that takes more than noise from the seed.
     """
     digits = rows(module.tokenizer.image_size, "train")
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -49,6 +53,8 @@ def train(module: GenerativeModule, settings: Settings, seed: int) -> EMA:
         )
         chosen = torch.randint(len(digits), (settings["batch"],), generator=order)
         batch = {"image": digits.images[chosen], "label": digits.labels[chosen]}
+        if reseed:
+            generator.manual_seed(mix_seed(seed, step))
         optimizer.zero_grad()
         module.training_loss(batch, generator)["loss"].backward()
         optimizer.step()
@@ -56,11 +62,16 @@ def train(module: GenerativeModule, settings: Settings, seed: int) -> EMA:
     return average
 
 
-def draw_samples(module: GenerativeModule, average: EMA, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """uint8 images (count, 3, S, S) of the averaged weights and their labels, classes in turn; NaN becomes grey."""
+def draw_samples(
+    module: GenerativeModule, average: EMA, count: int, seed: int, *, sampling: Any = None
+) -> tuple[Tensor, Tensor]:
+    """uint8 images (count, 3, S, S) of the averaged weights and their labels, classes in turn; NaN becomes grey.
+
+    `sampling` instead of the module's own settings.
+    """
     labels = torch.arange(count) % CLASSES
     with average.weights(module, average.names[0]):
-        samples = module.sample(labels, generator=Generator().manual_seed(seed))
+        samples = module.sample(labels, sampling, Generator().manual_seed(seed))
     return to_uint8(samples.nan_to_num(0.0)), labels
 
 
@@ -94,3 +105,10 @@ def noise_level(images: Tensor) -> float:
     x, factor = images.float(), images.shape[-1] // SIDE
     nearest = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), SIDE)
     return (x - nearest.repeat_interleave(factor, -1).repeat_interleave(factor, -2)).square().mean().sqrt().item()
+
+
+def rules_verdict(judged: Sequence[tuple[bool, str]]) -> str:
+    """How many rules hold, and a line for each: whether it does, and its text with the figures found."""
+    held = sum(holds for holds, _ in judged)
+    lines = [f"{i}. {'agrees' if holds else 'DISAGREES'}: {text}." for i, (holds, text) in enumerate(judged, 1)]
+    return f"{held} of {len(judged)} rules agree with the paper; distances are `fd_randconv`.\n\n" + "\n".join(lines)

@@ -139,10 +139,7 @@ def distance(found: dict[str, Cell], settings: Settings, model: Model) -> float:
 
 def verdict(found: dict[str, Cell], settings: Settings) -> str:
     """A line per rule."""
-    judged = rules(found, settings)
-    held = sum(holds for holds, _ in judged)
-    lines = [f"{i}. {'agrees' if holds else 'DISAGREES'}: {text}." for i, (holds, text) in enumerate(judged, 1)]
-    return f"{held} of {len(judged)} rules agree with the paper; distances are `fd_randconv`.\n\n" + "\n".join(lines)
+    return digits.rules_verdict(rules(found, settings))
 
 
 def works(found: dict[str, Cell], settings: Settings, model: Model) -> bool:

@@ -26,7 +26,7 @@ import torch
 
 from experiments.errors import one_line_errors
 
-CLAIMS = ("jit_toy", "jit_prediction")  # modules of this folder, in the ledger's order
+CLAIMS = ("jit_toy", "jit_prediction", "mar_loss", "mar_head")  # modules of this folder, in the ledger's order
 ROOT = Path(__file__).parents[2]
 HEADER = """# Claims
 
@@ -36,14 +36,15 @@ Small scale can contradict a paper without the paper being wrong: where it does,
 `python -m benchmarks.claims.ledger` writes this file anew from the stored results.
 """
 
-Cell = dict[str, Any]  # figures of one cell; "points" are for the picture only and are not stored with the results
+Cell = dict[str, Any]  # figures, or named groups of them; "points" are for the picture only and are not stored
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim. `cells(settings)` names them; `compute(key, settings)` makes one, deterministically; `verdict` and
-    `tables` turn {key: cell} into markdown; `draw` makes the picture from cells that still have their points."""
+    """One claim. `cells(settings)` names them; `compute(key, settings)` makes one, deterministically but for seconds;
+    `verdict` and `tables` turn {key: cell} into markdown; `draw` makes the picture from cells that still have their
+    points."""
 
     name: str  # the module's
     title: str
@@ -77,8 +78,14 @@ def compute_cell(name: str, key: str, settings: Settings) -> tuple[str, Cell]:
     torch.set_num_threads(1)
     start = time.perf_counter()
     cell = find(name).compute(key, settings)
-    figures = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in cell.items()}
-    return key, {**figures, "seconds": round(time.perf_counter() - start, 1)}
+    return key, {**_rounded(cell), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits, also in groups."""
+    if isinstance(value, dict):
+        return {name: _rounded(v) for name, v in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def run(claim: Claim, *, settings: Settings | None = None, places: Places = Places(), workers: int = 1) -> None:

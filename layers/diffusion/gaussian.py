@@ -147,14 +147,18 @@ def predict_xstart(x_t: Tensor, eps: Tensor, c: Coefficients) -> Tensor:
     return c.sqrt_recip_alphas_cumprod * x_t - c.sqrt_recipm1_alphas_cumprod * eps
 
 
-def reverse_step(x_t: Tensor, eps: Tensor, v: Tensor, c: Coefficients) -> ReverseStep:
+def reverse_step(
+    x_t: Tensor, eps: Tensor, v: Tensor, c: Coefficients, *, clip: float | None = None
+) -> ReverseStep:
     """p(x_{t-1} | x_t) of a noise prediction and of variance logits v, -1..1 between the posterior's and beta.
 
-    Improved DDPM, eq. 15; v is not clamped.
+    Improved DDPM, eq. 15; v is not clamped. `clip`: the data lie within +-clip, and so does their prediction.
     """
     fraction = (v + 1) / 2
     log_variance = fraction * c.log_betas + (1 - fraction) * c.posterior_log_variance_clipped
     x = predict_xstart(x_t, eps, c)
+    if clip is not None:
+        x = x.clamp(-clip, clip)
     return ReverseStep(posterior_mean(x, x_t, c), log_variance, x)
 
 

@@ -178,3 +178,25 @@ def test_bfloat16_autocast_leaves_losses_and_states_in_float32():
     torch.testing.assert_close(rounded["mse"], exact["mse"], rtol=0.05, atol=0.02)
     assert guided.isfinite().all()
     assert (plain - sample).square().mean().sqrt() <= 0.1 * sample.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_clipping_keeps_tokens_within_their_bounds(solver):
+    """Untrained weights go astray without it."""
+    head = head_of()
+    z, uncond, noise = draws(head, 10, solver)
+    options = {"uncond": uncond, "cfg_scale": 2.0, "num_steps": 10, "solver": solver}
+    with torch.no_grad():
+        assert head.sample(z, noise, **options).abs().max() > 2
+        head.clip_denoised = 0.5
+        assert head.sample(z, noise, **options).abs().max() <= 0.5 + 1e-5
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_wide_clipping_changes_nothing(solver):
+    head = head_of()
+    z, _, noise = draws(head, 10, solver)
+    with torch.no_grad():
+        free = head.sample(z, noise, num_steps=10, solver=solver)
+        head.clip_denoised = 1e9
+        torch.testing.assert_close(head.sample(z, noise, num_steps=10, solver=solver), free, rtol=1e-4, atol=1e-3)
