@@ -165,7 +165,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     timing = {"device": "cpu", "repeats": options.repeats, "warmup": options.warmup}
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row(what, measure(call, **timing), options.batch) for what, call in cases(Path(folder), options.batch)]
+        rows = [
+            row(what, measure([call], **timing)[0], options.batch) for what, call in cases(Path(folder), options.batch)
+        ]
     for entry in rows:
         entry["ratio"] = entry["rows_per_s"] / rows[0]["rows_per_s"]
     return {"experiment": "data", **environment(), "batch": options.batch, "repeats": options.repeats, "rows": rows}

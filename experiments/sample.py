@@ -2,7 +2,8 @@
 
 Writes `grid.png`, one PNG per image, `samples.npz` (`arr_0` uint8 (N, H, W, 3), `labels` int64) and `settings.json`.
 Image i depends on (seed, i) only, not on the batch that it was drawn in. Of an autoencoder, which draws nothing, what
-comes back of validation images is written (experiments/reconstruct.py). `make sample` calls this.
+comes back of validation images is written (experiments/reconstruct.py). With `--image in.png --mask mask.png` the white
+part of the mask is drawn anew, as often as `--num` says. `make sample` calls this.
 """
 
 import argparse
@@ -11,13 +12,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
 
+from datamodules.decode import decode
 from experiments import recipes
 from experiments.errors import one_line_errors
 from experiments.load import check_arguments, find_class, instantiate, load_config, merge, parse_override
@@ -47,6 +49,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--image", help="an image to edit, of the model's size")
+    parser.add_argument("--mask", help="what of it to draw anew: white in an image of the same size")
     parser.add_argument("--compile", action="store_true", help="CUDA graphs: pays from some hundred images")
     return parser.parse_known_args(argv)
 
@@ -96,7 +100,43 @@ def parse_labels(text: str | None, num_classes: int, count: int) -> Tensor:
     return labels_in_turn(chosen, count)
 
 
-def draw(module: GenerativeModule, labels: Tensor, *, seed: int, batch_size: int, compile: bool = False) -> Tensor:
+class Edit(NamedTuple):
+    """An image uint8 (3, H, W), and mask bool (H, W) of what is to be drawn anew."""
+
+    image: Tensor
+    mask: Tensor
+
+
+def read_edit(options: argparse.Namespace) -> Edit | None:
+    """The image and mask of the line, None without. Raises ValueError for all that is wrong without knowing a model's
+    weights: one without the other, a method that cannot edit, no image, unlike sizes, nothing to draw."""
+    if not options.image and not options.mask:
+        return None
+    if not (options.image and options.mask):
+        given, other = ("image", "mask") if options.image else ("mask", "image")
+        raise ValueError(f"--{given} was given without --{other}: editing needs both IMAGE= and MASK=")
+    cls = find_class(load_config(options.exp)["model"]["class_path"], "model")
+    if not hasattr(cls, "edit"):
+        raise ValueError(f"{cls.__name__} cannot edit (MASK=): it has no tokens that could stay; MAR's recipes can")
+    image, mask = (np.array(decode(path, f"'{path}'")) for path in (options.image, options.mask))
+    if image.shape != mask.shape:
+        sizes = [f"'{path}' is {a.shape[1]}x{a.shape[0]}" for path, a in ((options.image, image), (options.mask, mask))]
+        raise ValueError(f"image and mask differ in size: {' and '.join(sizes)}; give both the model's size")
+    white = mask.mean(-1) > 127.5
+    if not white.any():
+        raise ValueError(f"the mask '{options.mask}' has nothing white: make white what is to be drawn anew")
+    return Edit(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(white))
+
+
+def draw(
+    module: GenerativeModule,
+    labels: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    compile: bool = False,
+    edit: Edit | None = None,
+) -> Tensor:
     """uint8 images (N, 3, H, W) for labels (N,), on the host; bf16 on CUDA, float32 elsewhere."""
     cuda = module.device.type == "cuda"
     if cuda:
@@ -105,7 +145,12 @@ def draw(module: GenerativeModule, labels: Tensor, *, seed: int, batch_size: int
     for indices in track(torch.arange(len(labels)).split(batch_size), description="sampling"):
         generators = row_generators(seed, indices.tolist(), device=module.device)
         with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-            batches.append(to_uint8(module.sample(labels[indices], generator=generators)).cpu())
+            if edit is None:
+                images = module.sample(labels[indices], generator=generators)
+            else:
+                same = edit.image.expand(len(indices), -1, -1, -1)
+                images = module.edit(same, edit.mask, labels[indices], generator=generators)
+            batches.append(to_uint8(images).cpu())
     return torch.cat(batches)
 
 
@@ -132,17 +177,19 @@ def main() -> None:
         module, source = load(options, [text for text in overrides if text not in data])
         reconstruct(module, options, data, source)
         return
+    edit = read_edit(options)
     module, source = load(options, overrides)
     labels = parse_labels(options.labels, module.num_classes, options.num)
     if options.compile and options.device == "cpu":
         raise ValueError("--compile makes CUDA graphs, and the device is the cpu: leave it out")
     module = module.to(options.device)
-    images = draw(module, labels, seed=options.seed, batch_size=options.batch_size, compile=options.compile)
+    images = draw(module, labels, seed=options.seed, batch_size=options.batch_size, compile=options.compile, edit=edit)
     settings = {
         "experiment": options.exp,
         "weights": source,
         "ema": options.ema or "first",
         "seed": options.seed,
+        **({"image": options.image, "mask": options.mask} if edit else {}),
         "sampling": asdict(module.sampling),
     }
     write(images, labels, settings, options.out)

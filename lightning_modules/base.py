@@ -82,8 +82,12 @@ class GenerativeModule(Pretrained, L.LightningModule):
         return False
 
     def compiled_modules(self) -> list[nn.Module]:
-        """What `compile: true` compiles."""
+        """What `compile: true` compiles: modules that training calls (`module(...)`)."""
         return [self.net]
+
+    def dynamic_shapes(self) -> bool:
+        """Whether shapes differ from step to step, so that they are compiled once for any size, not once for each."""
+        return False
 
     def save_arguments(self, **arguments: Any) -> None:
         """Store constructor arguments as plain values, so that checkpoints load with weights_only=True."""
@@ -118,13 +122,12 @@ class GenerativeModule(Pretrained, L.LightningModule):
             rank_zero_info(f"compile: true acts on CUDA only, {self.device.type} runs eagerly")
         elif self.compile_enabled:
             for module in self.compiled_modules():
-                module.compile(dynamic=False)  # in place: parameter names stay
+                module.compile(dynamic=self.dynamic_shapes())  # in place: parameter names stay
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Check labels while they are still on the host, where it costs no wait for the device."""
-        labels = batch.get("label")
-        if labels is not None and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(self._label_error(labels))
+        if "label" in batch:
+            self.checked_labels(batch["label"])
         return batch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -227,9 +230,7 @@ class GenerativeModule(Pretrained, L.LightningModule):
         `sampling` overrides the module's settings. `generator`: one for the batch, or a sequence with one per image.
         Raises ValueError for a label outside 0..num_classes-1.
         """
-        labels = torch.as_tensor(labels, dtype=torch.int64)
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(self._label_error(labels))
+        labels = self.checked_labels(labels)
         was_training = self.training
         self.eval()
         try:
@@ -238,12 +239,20 @@ class GenerativeModule(Pretrained, L.LightningModule):
         finally:
             self.train(was_training)
 
+    def checked_labels(self, labels: Tensor | Sequence[int]) -> Tensor:
+        """int64 labels. Raises ValueError for one outside 0..num_classes-1."""
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(self._label_error(labels))
+        return labels
+
     def prepare_sampling(self, *, compile: bool = False) -> None:
         """Make this module a fast bf16 sampler, for good: linear weights are cast once. Call `sample` under autocast.
 
         `compile` captures each evaluation as a CUDA graph: it pays from some hundred images on.
         """
-        cast_linear_(self.net, torch.bfloat16)
+        for module in self.compiled_modules():
+            cast_linear_(module, torch.bfloat16)
         if compile:
             for module in self.compiled_modules():
                 module.compile(mode="reduce-overhead", dynamic=False)

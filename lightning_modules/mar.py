@@ -7,13 +7,14 @@ or causal variants of the paper share the trunk. In: tokens (B, L, D) or ids (B,
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule
+from layers.cuda_graphs import Graphed
 from layers.gather import put, take
 from layers.heads.base import Head, OneShotHead
 from layers.heads.categorical import CategoricalHead
@@ -28,6 +29,7 @@ from layers.samplers.masked import annealed_steps, linear_cfg_scale, mask_length
 from layers.tokenizers.base import Tokenizer
 from lightning_modules.base import Batch, GenerativeModule
 from lightning_modules.config import as_config
+from lightning_modules.editing import Editable, partition
 from lightning_modules.optim import OptimConfig
 from lightning_modules.protocol import Protocol
 
@@ -40,6 +42,7 @@ class HeadConfig:
     width: int = 1024
     depth: int = 6
     repeat: int = 4  # draws of time and noise per token and step (diffusion_batch_mul); others have no such draws
+    clip_denoised: float | None = None  # diffusion: tokens lie within +-this (1 for pixels), so clamp their prediction
 
 
 @dataclass
@@ -76,6 +79,9 @@ class MARSampling:
                 raise ValueError(f"sampling.{name} is {getattr(self, name)}: sampling needs at least one")
 
 
+# torch.compile keeps 8 graphs of a function, then runs it eagerly; training and validation need one each per count
+MAX_STATIC_COUNTS = 4
+
 Noise = Callable[[int, int, int], Tensor]  # (draws, tokens per image, D) -> standard normal (draws, B tokens, D)
 
 
@@ -84,15 +90,19 @@ def make_head(config: HeadConfig, width: int, *, token_dim: int, vocab_size: int
     if (config.kind == "categorical") != bool(vocab_size):
         kinds = "ids: use head.kind=categorical" if vocab_size else "continuous: use diffusion, flow or regression"
         raise ValueError(f"head.kind is {config.kind}, but the tokenizer's tokens are {kinds}")
+    if config.clip_denoised is not None and config.kind != "diffusion":
+        raise ValueError(f"head.clip_denoised is {config.clip_denoised}, but only the diffusion head clips: remove it")
     if config.kind == "categorical":
         return CategoricalHead(vocab_size, width)
     if config.kind == "regression":
         return RegressionHead(token_dim, width)
-    kind = DiffusionHead if config.kind == "diffusion" else FlowHead
-    return kind(token_dim, width, width=config.width, depth=config.depth)
+    sizes = {"width": config.width, "depth": config.depth}
+    if config.kind == "flow":
+        return FlowHead(token_dim, width, **sizes)
+    return DiffusionHead(token_dim, width, **sizes, clip_denoised=config.clip_denoised)
 
 
-class MARModule(GenerativeModule):
+class MARModule(Editable, GenerativeModule):
     """Training and sampling of MAR and the paper's variants; see GenerativeModule for the common arguments."""
 
     OFFICIAL_KEYS = ("model", "model_ema")
@@ -136,6 +146,7 @@ class MARModule(GenerativeModule):
         sizes = {"token_dim": self.tokenizer.token_dim, "vocab_size": self.tokenizer.vocab_size}
         self.net = MAR(config, seq_len=self.tokenizer.seq_len, num_classes=num_classes, **sizes)
         self.head = make_head(self.head_config, self.net.decoder_width, **sizes)
+        self._captured: Graphed | None = None  # the trunk, by prepare_sampling
         self.save_arguments(
             tokenizer=self.tokenizer,
             num_classes=num_classes,
@@ -156,6 +167,10 @@ class MARModule(GenerativeModule):
 
     def compiled_modules(self) -> list[nn.Module]:
         return [self.net, self.head]
+
+    def dynamic_shapes(self) -> bool:
+        """The number of masked tokens differs from step to step; a graph each is made for a few numbers only."""
+        return not self.causal and len(self.mask_counts()) > MAX_STATIC_COUNTS
 
     def training_loss(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         """Mean of the head's loss over masked tokens (all tokens of causal variants). Official `forward`."""
@@ -182,14 +197,14 @@ class MARModule(GenerativeModule):
         z = self.conditions(x, labels, masked, known)  # (B, R, E)
         wanted = take(x, masked).flatten(0, 1)  # (B R, D) or (B R,)
         time = time.transpose(0, 1).flatten(1)  # (M, B R)
-        terms = self.head.loss(wanted, z.flatten(0, 1), time, noise.transpose(0, 1).flatten(1, 2))
+        terms = self.head(wanted, z.flatten(0, 1), time, noise.transpose(0, 1).flatten(1, 2))
         return {name: value.mean() for name, value in terms.items()}
 
     def conditions(self, x: Tensor, labels: Tensor, masked: Tensor, known: Tensor) -> Tensor:
         """z (B, R, E) of the masked positions; causal variants predict each from those that come before it."""
         if not self.causal:
             return self.net(take(x, known), known, masked, labels)
-        return self.net.causal(take(x, masked[:, :-1]), masked[:, :-1], masked, labels)
+        return self.net(take(x, masked[:, :-1]), masked[:, :-1], masked, labels)
 
     @property
     def causal(self) -> bool:
@@ -209,11 +224,32 @@ class MARModule(GenerativeModule):
         """
         host = Generator().manual_seed(mix_seed(generator.initial_seed())) if generator else None
         u = float(torch.rand((), generator=host, dtype=torch.float64))
-        count = math.ceil(self.tokenizer.seq_len * mask_rate(u, self.objective.mask_ratio_min))
+        return self._round_up(math.ceil(self.tokenizer.seq_len * mask_rate(u, self.objective.mask_ratio_min)))
+
+    def mask_counts(self) -> list[int]:
+        """All numbers of masked tokens that training meets."""
+        seq_len = self.tokenizer.seq_len
+        fewest = math.ceil(seq_len * self.objective.mask_ratio_min)
+        return sorted({self._round_up(count) for count in range(fewest, seq_len + 1)})
+
+    def _round_up(self, count: int) -> int:
         multiple = self.objective.mask_multiple
         return min(self.tokenizer.seq_len, -(-count // multiple) * multiple)
 
     # Sampling
+
+    def prepare_sampling(self, *, compile: bool = False) -> None:
+        """As GenerativeModule's. `compile` makes CUDA graphs of trunk and head, one per shape when it first occurs.
+
+        At 64 iterations these are 64 numbers of known tokens and 7 of new ones, anew for each size of batch. What is
+        inside, a block and a step of the head, is compiled once for all lengths. Of causal trunks, the head alone.
+        """
+        super().prepare_sampling()
+        if compile:
+            for block in [*self.net.encoder_blocks, *self.net.decoder_blocks]:
+                block.compile(dynamic=True)
+            self._captured = Graphed(self.net)
+            self.head.capture_sampling()
 
     def sample_tokens(self, labels: Tensor, sampling: MARSampling, generator: Generators = None) -> Tensor:
         """Tokens (B, L, D) or ids (B, L) for labels (B,). Official `sample_tokens`."""
@@ -250,19 +286,36 @@ class MARModule(GenerativeModule):
         return x
 
     def _generate_causal(
-        self, x: Tensor, labels: Tensor, orders: Tensor, noise: Noise, sampling: MARSampling
+        self, x: Tensor, labels: Tensor, orders: Tensor, noise: Noise, sampling: MARSampling, num_known: int = 0
     ) -> Tensor:
-        """One token after another, in order of generation, with a KV cache."""
+        """One token after another, in order of generation, with a KV cache; the first `num_known` enter it at once."""
         labels = self._with_null(labels, sampling)
         cache = self.net.init_cache(len(labels), dtype=compute_dtype(self.device), device=self.device)
-        for j in range(orders.shape[1]):
-            new, last = orders[:, j : j + 1], orders[:, max(j - 1, 0) : j]  # (B, 1), and (B, 1) or at first (B, 0)
-            known, targets = self._both(last, labels), self._both(new, labels)
+        for j in range(num_known, orders.shape[1]):
+            start = 0 if j == num_known else j - 1
+            new, known = orders[:, j : j + 1], self._both(orders[:, start:j], labels)  # (B, 1), (B, 1 or at first K)
+            targets = self._both(orders[:, j if j > num_known else 0 : j + 1], labels)
             tokens = take(self._both(x, labels), known)
-            z = self.net.causal(tokens, known, targets, labels if j == 0 else None, cache)  # (B, 1, E)
+            z = self.net.causal(tokens, known, targets, labels if j == num_known else None, cache)[:, -1:]  # (B, 1, E)
             scale = self._scale(sampling, max(1, orders.shape[1] - j - 1))
             x = put(x, new, self._draw(z, new, noise, scale, sampling.num_steps, sampling))
         return x
+
+    def redraw(
+        self, x: Tensor, unknown: Tensor, labels: Tensor, sampling: MARSampling, generator: Generators
+    ) -> Tensor:
+        """See Editable; iterations are at most as many as tokens are drawn."""
+        if self.causal and self.net.config.order == "raster":
+            raise ValueError(
+                "a causal trunk of raster order cannot edit: it draws each token from those above and before it, and "
+                "never sees known ones after; train with net.order=random or net.attention=bidirectional"
+            )
+        count = int(unknown[0].sum())
+        orders = self.orders(randn(unknown.shape, generator, device=self.device))
+        orders, noise = partition(orders, unknown == self.causal), self.noise_source(len(x), generator)
+        if self.causal:
+            return self._generate_causal(x, labels, orders, noise, sampling, self.net.seq_len - count)
+        return self.fill(x, labels, orders, count, noise, replace(sampling, num_iter=min(sampling.num_iter, count)))
 
     def empty_tokens(self, batch: int) -> Tensor:
         """Tokens of which nothing is known yet."""
@@ -281,15 +334,17 @@ class MARModule(GenerativeModule):
     def _guided_z(self, x: Tensor, labels: Tensor, new: Tensor, known: Tensor) -> Tensor:
         """z (B or 2B, R, E) of the new positions in all branches.
 
-        While nothing is known, an image differs from another by its class alone: each class is computed once.
+        While nothing is known, an image differs from another by its class alone: the branch without is one row.
         """
-        if known.shape[1]:
+        trunk = self._captured or self.net.forward  # not as compiled for training: sampling meets too many shapes
+        if known.shape[1] or len(x) == len(labels):
             known, new, x = (self._both(y, labels) for y in (known, new, x))
-            return self.net(take(x, known), known, new, labels)
-        classes, index = labels.unique(return_inverse=True)
-        everywhere = torch.arange(self.net.seq_len, device=x.device).expand(len(classes), -1)
-        z = self.net(x[:1, :0].expand(len(classes), *x[:1, :0].shape[1:]), everywhere[:, :0], everywhere, classes)
-        return take(z[index], self._both(new, labels))
+            return trunk(take(x, known), known, new, labels)
+        size = len(x)
+        everywhere = torch.arange(self.net.seq_len, device=x.device).expand(size + 1, -1)
+        rows, positions = x[:1].expand(size + 1, *x.shape[1:]), everywhere[:, :0]
+        z = trunk(take(rows, positions), positions, everywhere, labels[: size + 1])  # (B + 1, L, E)
+        return torch.cat([take(z[:size], new), take(z[size:], new)])
 
     def _draw(
         self, z: Tensor, new: Tensor, noise: Noise, scale: float, num_steps: int, sampling: MARSampling

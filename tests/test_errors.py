@@ -57,6 +57,7 @@ TRAIN_MISTAKES = [
         ["in_context_start is 9"],
     ),
 ]
+EDIT = ["--image", "image.png", "--mask", "mask.png"]
 SAMPLE_MISTAKES = [
     (["--exp", "jit_digits"], ["CKPT=last", "OFFICIAL=path"]),
     (["--exp", "jit_l61", "--ckpt", "last"], ["unknown experiment 'jit_l61'", "jit_l16"]),
@@ -64,6 +65,14 @@ SAMPLE_MISTAKES = [
     (["--exp", "jit_digits", "--ckpt", "trained.ckpt", "--labels", "3,11"], ["label 11", "0..9", "LABELS="]),
     (["--exp", "jit_digits", "--ckpt", "trained.ckpt", "--labels", "three"], ["LABELS is 'three'", "0,1,2"]),
     (["--exp", "jit_digits", "--ckpt", "trained.ckpt", "--num", "0"], ["NUM is 0"]),
+    (["--exp", "mar_digits", "--ckpt", "last", "--mask", "mask.png"], ["--mask", "without --image", "IMAGE="]),
+    (["--exp", "mar_digits", "--ckpt", "last", "--image", "image.png"], ["--image", "without --mask", "MASK="]),
+    (["--exp", "jit_digits", "--ckpt", "trained.ckpt", *EDIT], ["JiTModule cannot edit", "MASK="]),
+    (["--exp", "mar_digits", "--ckpt", "last", *EDIT, "--mask", "small.png"], ["differ in size", "16x16", "8x8"]),
+    (["--exp", "mar_digits", "--ckpt", "last", *EDIT, "--mask", "black.png"], ["'black.png'", "nothing white"]),
+    (["--exp", "mar_digits", "--ckpt", "last", *EDIT, "--image", "other.pth"], ["'other.pth'", "no readable image"]),
+    (["--exp", "mar_digits", "--ckpt", "last", *EDIT, "--mask", "nowhere.png"], ["'nowhere.png'", "no readable image"]),
+    (["--exp", "mar_digits", "--ckpt", "last", *EDIT], ["no checkpoint in 'runs/mar_digits'"]),
     (["--exp", "jit_digits", "--ckpt", "trained.ckpt", "--ema", "0.7"], ["no weights '0.7'", "raw", "0.9"]),
     (["--exp", "jit_digits", "--ckpt", "trained.ckpt", "--trainer.max_steps=3"], ["--trainer.max_steps=3", "--model"]),
     (["--exp", "jit_digits", "--ckpt", "trained.ckpt", "--model.init_args.samplin.x=3"], ["samplin", "sampling"]),
@@ -90,6 +99,8 @@ def folder(tmp_path_factory):
         Path("damaged").mkdir()
         Image.new("RGB", (20, 20)).save("damaged/good.png")
         Path("damaged/bad.png").write_bytes(b"no picture")
+        for name, colour, side in (("image", 90, 16), ("mask", 255, 16), ("black", 0, 16), ("small", 255, 8)):
+            Image.new("L", (side, side), colour).save(f"{name}.png")
         Path("torn.pth").write_bytes(Path("other.pth").read_bytes()[:300])
         for leftover in sorted(Path("runs").rglob("*"), reverse=True):
             leftover.rmdir() if leftover.is_dir() else leftover.unlink()

@@ -19,6 +19,7 @@ SHARED = {
     "base",
     "cache_check",
     "config",
+    "editing",
     "evaluation",
     "extractors",
     "generate",

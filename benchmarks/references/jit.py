@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.measure import Sizes
 from layers.attention import Attention
 from layers.blocks import AdaLNBlock
 from layers.diffusion.flow_matching import convert, interpolate, logit_normal, target
 from layers.samplers.ode import uniform_times
 from lightning_modules.base import Batch
 from lightning_modules.jit import JiT, JiTModule, JiTSampling
+
+CPU = Sizes(train_batch=2, sample_batch=(1,), sampling={"num_steps": 4})
+CUDA = Sizes(train_batch=128, sample_batch=(256, 1), sampling={"num_steps": 50})
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -104,13 +108,6 @@ class Reference:
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """AdamW with its default kernels."""
         return torch.optim.AdamW(list(parameters), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
-
-    @torch.no_grad()
-    def average(self, shadows: list[list[Tensor]], decays: list[float]) -> None:
-        """Each average, parameter by parameter."""
-        for shadow, decay in zip(shadows, decays, strict=True):
-            for average, weight in zip(shadow, self.module.net.parameters(), strict=True):
-                average.mul_(decay).add_(weight, alpha=1 - decay)
 
     @torch.no_grad()
     def sample(self, labels: Tensor, sampling: JiTSampling, generator: torch.Generator | None = None) -> Tensor:

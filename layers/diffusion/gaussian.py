@@ -147,9 +147,7 @@ def predict_xstart(x_t: Tensor, eps: Tensor, c: Coefficients) -> Tensor:
     return c.sqrt_recip_alphas_cumprod * x_t - c.sqrt_recipm1_alphas_cumprod * eps
 
 
-def reverse_step(
-    x_t: Tensor, eps: Tensor, v: Tensor, c: Coefficients, *, clip: float | None = None
-) -> ReverseStep:
+def reverse_step(x_t: Tensor, eps: Tensor, v: Tensor, c: Coefficients, *, clip: float | None = None) -> ReverseStep:
     """p(x_{t-1} | x_t) of a noise prediction and of variance logits v, -1..1 between the posterior's and beta.
 
     Improved DDPM, eq. 15; v is not clamped. `clip`: the data lie within +-clip, and so does their prediction.

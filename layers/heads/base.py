@@ -19,6 +19,10 @@ class Head(nn.Module):
 
     SOLVERS: ClassVar[tuple[str, ...]]  # values of `solver`, the usual one first
 
+    def forward(self, x: Tensor, z: Tensor, time: Tensor, noise: Tensor) -> Terms:
+        """`loss`, as a call, so that `compile` acts on it."""
+        return self.loss(x, z, time, noise)
+
     def draw_times(self, u: Tensor) -> Tensor:
         """Uniform draws in [0, 1) -> this head's training times, of the same shape."""
         raise NotImplementedError
@@ -54,6 +58,9 @@ class Head(nn.Module):
         number, or a tensor 0-dim or (R, 1). Raises ValueError for a setting that the head does not have.
         """
         raise NotImplementedError
+
+    def capture_sampling(self) -> None:
+        """Make `sample` fast on CUDA, for good: one launch for all steps. Without steps there is nothing to gain."""
 
     def check_solver(self, solver: str) -> None:
         """Raise ValueError for a solver that is not this head's."""

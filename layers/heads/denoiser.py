@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from layers.embed import TimestepEmbedder
 
-# elements of modulations held at once: 128 MiB in float32
+# elements of modulations held at once: 128 MiB in float32, on the host what a cache holds
 MAX_MODULATIONS = 2**25
+MAX_MODULATIONS_HOST = 2**21
 
 
 class ResidualBlock(nn.Module):
@@ -108,9 +109,10 @@ class Denoiser(nn.Module):
         return h
 
     def runs(self, num_steps: int, rows: int) -> list[slice]:
-        """Equal runs of steps, the last may be shorter, whose modulations of `rows` rows fit into MAX_MODULATIONS."""
+        """Equal runs of steps, the last may be shorter, whose modulations of `rows` rows fit into the limit."""
         per_step = rows * (3 * self.depth + 2) * self.width
-        most = max(1, MAX_MODULATIONS // per_step)
+        limit = MAX_MODULATIONS_HOST if self.input_proj.weight.device.type == "cpu" else MAX_MODULATIONS
+        most = max(1, limit // per_step)
         size = -(-num_steps // -(-num_steps // most))
         return [slice(i, min(i + size, num_steps)) for i in range(0, num_steps, size)]
 
@@ -118,9 +120,10 @@ class Denoiser(nn.Module):
         """Vectors of every layer: y (..., W) -> d of (..., 3W) and one of (..., 2W), with 1 added to the scales."""
         activated, made = F.silu(y), []
         for layer in self.layers():
-            vectors = layer.adaLN_modulation[1](activated)
-            vectors[..., self.width : 2 * self.width] += 1
-            made.append(vectors)
+            linear = layer.adaLN_modulation[1]
+            bias = linear.bias.clone()
+            bias[self.width : 2 * self.width] += 1  # here, not in the results, which are S R times as many
+            made.append(F.linear(activated, linear.weight, bias))
         return made
 
     def step(self, x: Tensor, modulations: list[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from layers.cuda_graphs import Graphed
 from layers.diffusion.flow_matching import interpolate, logit_normal, target
 from layers.heads.base import Head, Terms, check_draws, guide, stack_guidance
 from layers.heads.denoiser import Denoiser
@@ -36,6 +37,7 @@ class FlowHead(Head):
         super().__init__()
         self.token_dim, self.logit_normal = token_dim, logit_normal
         self.net = Denoiser(token_dim, cond_dim, width=width, depth=depth, out_dim=token_dim)
+        self._captured: Graphed | None = None  # `_solve`, by capture_sampling
 
     def draw_times(self, u: Tensor) -> Tensor:
         """The draws as they are, or the quantiles of the logit-normal law at them."""
@@ -71,8 +73,17 @@ class FlowHead(Head):
         """Tokens (R, D). temperature scales the start, the only noise there is."""
         check_draws(noise, self.noise_shape(num_steps, solver), len(z))
         rows, scale = stack_guidance(z, uncond, cfg_scale, noise.dtype)
+        run = self._captured or self._solve
+        return run(rows, scale, temperature * noise[0], num_steps, solver)
+
+    def capture_sampling(self) -> None:
+        """One CUDA graph of all steps for each number of rows."""
+        self._captured = Graphed(self._solve)
+
+    def _solve(self, rows: Tensor, scale: Tensor | None, x: Tensor, num_steps: int, solver: str) -> Tensor:
+        """All steps: conditions (R, E) or (2, R, E), start x (R, D) -> x."""
         velocity = self._velocity(rows, scale, num_steps)
-        return solve(SOLVERS[solver](velocity, temperature * noise[0], uniform_times(num_steps)))
+        return solve(SOLVERS[solver](velocity, x, uniform_times(num_steps)))
 
     def _velocity(self, rows: Tensor, scale: Tensor | None, num_steps: int) -> Velocity:
         """Guided velocity at the times of the solver's grid, for conditions (R, E) or (2, R, E).

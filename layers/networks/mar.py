@@ -107,7 +107,12 @@ class MAR(nn.Module):
                 nn.init.normal_(param, std=0.02)
 
     def forward(self, x: Tensor, known: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
-        """z (B, R, E) of positions `wanted` (B, R), given tokens x (B, K, D) at positions `known` (B, K)."""
+        """z (B, R, E) of positions `wanted` (B, R), given tokens x (B, K, D) at positions `known` (B, K).
+
+        A causal trunk sees them in their order; its R is K + 1 (see `causal`).
+        """
+        if self.config.attention == "causal":
+            return self.causal(x, known, wanted, labels)
         return self.decode(self.encode(x, known, labels), known, wanted)
 
     def embed(self, x: Tensor, positions: Tensor, labels: Tensor | None) -> Tensor:
