@@ -30,7 +30,7 @@ from layers.samplers.ddpm import ancestral, ddim
 class DiffusionHead(Head):
     """token_dim D, cond_dim E, width and depth of the MLP; num_timesteps of the cosine process.
 
-    clip_denoised: tokens lie within +-this, as pixels do, so each step's prediction of the token is clamped. Off in MAR;
+    clip_denoised: tokens lie within +-this, as pixels do, so each step's prediction of a token is clamped. Off in MAR;
     without it a head that is not trained for long goes astray at the first step, which multiplies its error by 316 in
     100 steps, by 1,327 in 25.
     """
