@@ -6,6 +6,7 @@ or causal variants of the paper share the trunk. In: tokens (B, L, D) or ids (B,
 """
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -222,8 +223,7 @@ class MARModule(Editable, GenerativeModule):
 
         The official code draws one per process; a common one leaves no process waiting for another.
         """
-        host = Generator().manual_seed(mix_seed(generator.initial_seed())) if generator else None
-        u = float(torch.rand((), generator=host, dtype=torch.float64))
+        u = mix_seed(generator.initial_seed()) / 2**63 if generator else random.random()
         return self._round_up(math.ceil(self.tokenizer.seq_len * mask_rate(u, self.objective.mask_ratio_min)))
 
     def mask_counts(self) -> list[int]:

@@ -111,7 +111,8 @@ class Denoiser(nn.Module):
     def runs(self, num_steps: int, rows: int) -> list[slice]:
         """Equal runs of steps, the last may be shorter, whose modulations of `rows` rows fit into the limit."""
         per_step = rows * (3 * self.depth + 2) * self.width
-        limit = MAX_MODULATIONS_HOST if self.input_proj.weight.device.type == "cpu" else MAX_MODULATIONS
+        on_host = self.input_proj.weight.device.type == "cpu"
+        limit = min(MAX_MODULATIONS, MAX_MODULATIONS_HOST) if on_host else MAX_MODULATIONS
         most = max(1, limit // per_step)
         size = -(-num_steps // -(-num_steps // most))
         return [slice(i, min(i + size, num_steps)) for i in range(0, num_steps, size)]
