@@ -72,39 +72,56 @@ def build(config: dict[str, Any]) -> GenerativeModule:
     """The module of a merged recipe, on the meta device."""
     with torch.device("meta"):
         module = instantiate(config["model"], "model")
-    return module.to("meta")
+    return _without_files(module.to("meta"))
 
 
-def fake_batch(module: GenerativeModule, size: int, device: str) -> dict[str, Tensor]:
-    """A batch of `size` black images of class 0."""
+def _without_files(module: GenerativeModule) -> GenerativeModule:
+    """Nothing is computed, so a tokenizer whose weights are not at hand will do."""
+    if hasattr(module.tokenizer, "loaded"):
+        module.tokenizer.loaded = True
+    return module
+
+
+def is_cached(config: dict[str, Any]) -> bool:
+    """Whether a recipe trains on what its tokenizer made beforehand."""
+    return "images" in (config["data"].get("init_args") or {})
+
+
+def fake_batch(module: GenerativeModule, size: int, device: str, *, cached: bool = False) -> dict[str, Tensor]:
+    """A batch of `size` black images of class 0, or of what a cache holds of them."""
     side = module.tokenizer.image_size
     image = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
-    return {"image": image, "label": torch.zeros(size, dtype=torch.int64, device=device)}
+    label = torch.zeros(size, dtype=torch.int64, device=device)
+    if not cached:
+        return {"image": image, "label": label}
+    with torch.no_grad():
+        return {"raw": module.tokenizer.encode_image(image), "label": label}
 
 
 def count_activations(config: dict[str, Any]) -> Activations:
     """With fake tensors, which have shapes and types but no memory, and which autocast treats as it does real ones."""
     precision = config["trainer"].get("precision", "32-true")
     with FakeTensorMode():
-        module = instantiate(config["model"], "model").train()
-        (eager_1, matmul_1), (eager_2, matmul_2) = (_kept_bytes(module, size, precision) for size in (1, 2))
+        module = _without_files(instantiate(config["model"], "model").train())
+        batches = [fake_batch(module, size, "cpu", cached=is_cached(config)) for size in (1, 2)]
+        (eager_1, matmul_1), (eager_2, matmul_2) = (_kept_bytes(module, batch, precision) for batch in batches)
     eager = eager_2 - eager_1
     return Activations(eager, min(eager, COMPILED_KEEPS * (matmul_2 - matmul_1)), max(0, eager_1 - eager))
 
 
-def _kept_bytes(module: GenerativeModule, size: int, precision: str) -> tuple[int, int]:
-    """What one forward pass of `size` images keeps: all that autograd saves, and tensors of matmuls alone."""
+def _kept_bytes(module: GenerativeModule, batch: dict[str, Tensor], precision: str) -> tuple[int, int]:
+    """What one forward pass of a batch keeps: all that autograd saves, and tensors of matmuls alone."""
     saved, matmuls = (Storages([*module.parameters(), *module.buffers()]) for _ in range(2))
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor)
     autocast = torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with hooks, MatmulTensors(matmuls), autocast:
-        module.training_loss(fake_batch(module, size, "cpu"))
+        module.training_loss(batch)
     return saved.nbytes(), matmuls.nbytes()
 
 
-def training_flops(module: GenerativeModule) -> tuple[float, float]:
+def training_flops(module: GenerativeModule, *, cached: bool = False) -> tuple[float, float]:
     """FLOPs per image of the loss, and of a training step: three forwards, but one of a frozen tokenizer."""
-    batch = fake_batch(module, 2, "meta")
+    batch = fake_batch(module, 2, "meta", cached=cached)
     with torch.no_grad():
         forward = count_flops(lambda: module.training_loss(batch)) / 2
         frozen = count_flops(lambda: module.tokenizer(batch)) / 2 if module.tokenizer.frozen else 0.0
@@ -136,18 +153,21 @@ def sampling_flops(module: GenerativeModule) -> int:
 
         return call
 
-    parts = module.compiled_modules()
-    for part in parts:
-        part.forward = counted_once(part.forward)
+    parts = [(part, "forward") for part in module.compiled_modules()]
+    parts += [(module.head, "sample")] if hasattr(module, "head") else []  # all of a token's steps
+    for part, name in parts:
+        setattr(part, name, counted_once(getattr(part, name)))
     image = fake_batch(module, 1, "meta")["image"]
     try:
         draw = (lambda: module.reconstruct(image)) if hasattr(module, "reconstruct") else (lambda: module.sample([0]))
         return count_flops(draw) + repeated
     finally:
-        for part in parts:
-            del part.forward  # the class's own again
+        for part, name in parts:
+            delattr(part, name)  # the class's own again
 
 
 def _signature(value: Any) -> Any:
-    """What a result on the meta device depends on."""
-    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+    """What a result on the meta device depends on: not on numbers such as a guidance scale."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    return float if isinstance(value, float) else value

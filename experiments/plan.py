@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.sources import is_local
-from experiments.costs import build, count_activations, sampling_flops, training_flops
+from experiments.costs import build, count_activations, is_cached, sampling_flops, training_flops
 from experiments.errors import one_line_errors
 from experiments.keys import check_keys
 from experiments.load import instantiate, load_config
@@ -140,9 +140,11 @@ def plan_memory(config: dict[str, Any], module: GenerativeModule, batch: int, *,
     }
 
 
-def plan_time(module: GenerativeModule, images: int, *, gpu: str, gpus: int, mfu: float) -> dict[str, float]:
+def plan_time(
+    module: GenerativeModule, images: int, *, cached: bool, gpu: str, gpus: int, mfu: float
+) -> dict[str, float]:
     """FLOPs per image, and what follows for a run of `images` images."""
-    forward, train = training_flops(module)
+    forward, train = training_flops(module, cached=cached)
     draw = sampling_flops(module)
     speed = mfu * PEAK_FLOPS[CARDS[gpu][0]]
     hours = images * train / speed / gpus / 3600
@@ -180,7 +182,7 @@ def make_plan(config: dict[str, Any], *, gpu: str, gpus: int, mfu: float) -> dic
         "batch_per_device": batch,
         "steps": steps,
         **plan_memory(config, module, batch, gpu=gpu, gpus=gpus),
-        **plan_time(module, steps * data.batch_size, gpu=gpu, gpus=gpus, mfu=mfu),
+        **plan_time(module, steps * data.batch_size, cached=is_cached(config), gpu=gpu, gpus=gpus, mfu=mfu),
         "optimiser_traffic_bytes": 7 * trained + 2 * trained * len(decays),  # AdamW 28 bytes, each average 8, of each 4
         "checkpoint_bytes": sum(t.nbytes for t in module.state_dict().values()) + (2 + len(decays)) * trained,
     }

@@ -232,3 +232,14 @@ def test_every_method_can_be_planned(experiment):
 def test_recipes_for_any_number_of_devices_are_planned_for_eight():
     assert plan.device_count({"devices": "auto"}) == plan.device_count({"devices": -1}) == 8
     assert plan.device_count({"devices": 1}) == 1
+
+
+def test_a_latent_recipe_is_planned_without_its_tokenizers_file_and_without_its_encoder():
+    """The cache has paid for the encoder; without one it runs at every step, forward only."""
+    config = load_config("mar", ["model.init_args.net.width=32", "model.init_args.net.depth=1"])
+    module = costs.build(config)
+    assert costs.is_cached(config) and not costs.is_cached(load_config("jit_digits"))
+    forward, step = costs.training_flops(module, cached=True)
+    online_forward, online_step = costs.training_flops(module)
+    assert step == 3 * forward
+    assert online_forward - forward == online_step - step > 0

@@ -92,6 +92,8 @@ class ConvTokenizer(Tokenizer):
                 f"images are {images.shape[-2]}x{images.shape[-1]}, the tokenizer expects {self.image_size}: give "
                 f"--data.init_args.image_size and {KEYS}.image_size the same value"
             )
+        if images.is_meta:  # which autocast does not know
+            return self.vae.encode(from_uint8(images))
         with torch.autocast(images.device.type, enabled=False):
             return self.vae.encode(from_uint8(images))
 
