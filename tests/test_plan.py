@@ -236,7 +236,7 @@ def test_recipes_for_any_number_of_devices_are_planned_for_eight():
 
 def test_a_latent_recipe_is_planned_without_its_tokenizers_file_and_without_its_encoder():
     """The cache has paid for the encoder; without one it runs at every step, forward only."""
-    config = load_config("mar", ["model.init_args.net.width=32", "model.init_args.net.depth=1"])
+    config = load_config("mar", ["model.init_args.net.width=96", "model.init_args.net.depth=1"])
     module = costs.build(config)
     assert costs.is_cached(config) and not costs.is_cached(load_config("jit_digits"))
     forward, step = costs.training_flops(module, cached=True)
