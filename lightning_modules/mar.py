@@ -277,7 +277,7 @@ class MARModule(Editable, GenerativeModule):
     ) -> Tensor:
         """Replace the unknown tokens `orders[:, :num_unknown]` of x, some per iteration; the others stay."""
         lengths = mask_lengths(num_unknown, sampling.num_iter)
-        steps = annealed_steps(sampling.num_steps, sampling.num_steps_last or sampling.num_steps, len(lengths))
+        steps = annealed_steps(sampling.num_steps, sampling.num_steps_last, len(lengths))
         labels = self._with_null(labels, sampling)
         for k, (known, new) in enumerate(reveal(orders, num_unknown, lengths)):
             scale = self._scale(sampling, lengths[k])
@@ -291,6 +291,7 @@ class MARModule(Editable, GenerativeModule):
         """One token after another, in order of generation, with a KV cache; the first `num_known` enter it at once."""
         labels = self._with_null(labels, sampling)
         cache = self.net.init_cache(len(labels), dtype=compute_dtype(self.device), device=self.device)
+        steps = annealed_steps(sampling.num_steps, sampling.num_steps_last, x.shape[1] - num_known)
         for j in range(num_known, orders.shape[1]):
             start = 0 if j == num_known else j - 1
             new, known = orders[:, j : j + 1], self._both(orders[:, start:j], labels)  # (B, 1), (B, 1 or at first K)
@@ -298,7 +299,7 @@ class MARModule(Editable, GenerativeModule):
             tokens = take(self._both(x, labels), known)
             z = self.net.causal(tokens, known, targets, labels if j == num_known else None, cache)[:, -1:]  # (B, 1, E)
             scale = self._scale(sampling, max(1, orders.shape[1] - j - 1))
-            x = put(x, new, self._draw(z, new, noise, scale, sampling.num_steps, sampling))
+            x = put(x, new, self._draw(z, new, noise, scale, steps[j - num_known], sampling))
         return x
 
     def redraw(

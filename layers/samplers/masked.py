@@ -48,11 +48,11 @@ def linear_cfg_scale(cfg_scale: float, unknown: int, seq_len: int) -> float:
     return 1 + (cfg_scale - 1) * (seq_len - unknown) / seq_len
 
 
-def annealed_steps(first: int, last: int, num_iter: int) -> list[int]:
-    """Diffusion steps of each iteration, falling linearly from `first` to `last` (DiSA, Zhao et al. 2025).
+def annealed_steps(first: int, last: int | None, num_iter: int) -> list[int]:
+    """Diffusion steps of each iteration, falling linearly from `first` to `last` (DiSA, Zhao et al. 2025), if given.
 
     An approximation: late tokens are nearly determined by those before, so that few steps serve.
     """
-    if num_iter == 1:
-        return [first]
+    if num_iter == 1 or last is None:
+        return [first] * num_iter
     return [round(first + (last - first) * k / (num_iter - 1)) for k in range(num_iter)]

@@ -48,4 +48,4 @@ def test_linear_guidance_reaches_the_scale_when_nothing_is_unknown():
 
 def test_annealed_steps_fall_from_first_to_last():
     assert annealed_steps(50, 5, 10) == [50, 45, 40, 35, 30, 25, 20, 15, 10, 5]
-    assert annealed_steps(100, 100, 4) == [100] * 4 and annealed_steps(50, 5, 1) == [50]
+    assert annealed_steps(100, None, 4) == annealed_steps(100, 100, 4) == [100] * 4 and annealed_steps(50, 5, 1) == [50]

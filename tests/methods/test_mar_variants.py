@@ -168,3 +168,13 @@ def test_the_mask_count_is_one_for_all_and_follows_the_seed():
     assert set(counts) == {12, 13, 14, 15, 16}  # 16 x [0.7, 1], rounded up
     module.objective.mask_multiple = 4
     assert {module.num_masked(torch.Generator().manual_seed(seed)) for seed in range(200)} == {12, 16}
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_falling_step_counts_reach_the_head(attention):
+    module, seen = build(attention), []
+    sample = module.head.sample
+    module.head.sample = lambda *args, **kwargs: seen.append(kwargs["num_steps"]) or sample(*args, **kwargs)
+    module.sample([0], MARSampling(num_iter=4, num_steps=20, num_steps_last=5))
+    assert len(seen) == (4 if attention == "bidirectional" else 16)
+    assert seen[0] == 20 and seen[-1] == 5 and seen == sorted(seen, reverse=True)
