@@ -23,6 +23,7 @@ SHARED = {
     "evaluation",
     "extractors",
     "generate",
+    "likelihood",
     "metrics",
     "optim",
     "paths",
