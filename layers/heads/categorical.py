@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.heads.base import OneShotHead, Terms, check_draws, guide, stack_guidance
+from layers.heads.mixtures import quantile
 
 
 class CategoricalHead(OneShotHead):
@@ -45,15 +46,6 @@ class CategoricalHead(OneShotHead):
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}: logits are divided by it, so it must be positive")
         rows, scale = stack_guidance(z, uncond, cfg_scale, torch.float32)
-        return invert_cdf(guide(self.linear(rows).float(), scale) / temperature, noise[0, :, 0])
-
-
-def invert_cdf(logits: Tensor, normal: Tensor) -> Tensor:
-    """The id at which the distribution function passes Phi(normal): logits (R, V), normal (R,) -> (R,), int64.
-
-    float64, because 2^-24 is more than many a probability. An id without mass is never taken: u stays below 1, and
-    the first id is sought whose sum is greater than u.
-    """
-    sums = logits.double().softmax(-1).cumsum(-1)
-    u = torch.special.ndtr(normal.double()).clamp_max(1 - torch.finfo(torch.float64).eps)
-    return torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True)[:, 0]
+        return quantile(
+            guide(self.linear(rows).float(), scale) / temperature, torch.special.ndtr(noise[0, :, 0].double())
+        )

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from layers.heads.base import Head
+from layers.heads.base import Head, OneShotHead
 from layers.heads.categorical import CategoricalHead
 from layers.heads.diffusion import DiffusionHead
 from layers.heads.flow import FlowHead
+from layers.heads.gmm import GMMHead
 from layers.heads.regression import RegressionHead
 
 R, D, E, V = 4, 3, 6, 9
@@ -16,12 +17,13 @@ HEADS = {
     "flow": lambda: FlowHead(D, E, width=16, depth=1),
     "categorical": lambda: CategoricalHead(V, E),
     "regression": lambda: RegressionHead(D, E),
+    "gmm": lambda: GMMHead(D, E, num_mixtures=2),
 }
 every_head = pytest.mark.parametrize("name", HEADS)
 
 
 def steps_of(head: Head) -> int:
-    return 1 if head.SOLVERS == ("direct",) else 6
+    return 1 if isinstance(head, OneShotHead) else 6
 
 
 def draw(head: Head, solver: str, rows: int) -> Tensor:
@@ -54,10 +56,11 @@ def test_wrong_settings_are_named(name):
         head.sample(torch.randn(R, E), torch.randn(count + 1, R, dim), num_steps=steps_of(head), solver=head.SOLVERS[0])
 
 
-@pytest.mark.parametrize("name", ["categorical", "regression"])
+@pytest.mark.parametrize("name", ["categorical", "regression", "gmm"])
 def test_heads_without_steps_take_no_other_number(name):
+    head = HEADS[name]()
     with pytest.raises(ValueError, match=r"num_steps is 25, but \w+Head answers at once"):
-        HEADS[name]().noise_shape(25, "direct")
+        head.noise_shape(25, head.SOLVERS[0])
 
 
 def trained(head: Head) -> tuple[Head, list[float]]:
