@@ -5,31 +5,50 @@ left over, missing or of another shape: a checkpoint is never loaded in part wit
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-Transform = Callable[[Tensor], Tensor]
+# tensor -> tensor; where a rule has several official names, to_ours takes as many and to_official returns them
+Transform = Callable[..., Any]
 
 
 class Rule(NamedTuple):
-    """`official` and `ours` are names in which `*` stands for the same text on both sides."""
+    """`official` and `ours` are names in which `*` stands for the same text on both sides.
 
-    official: str
+    Several official names: tensors that are one of ours, such as query, key and value of fused attention; both
+    transforms are needed then.
+    """
+
+    official: str | tuple[str, ...]
     ours: str
     to_ours: Transform | None = None
     to_official: Transform | None = None
 
 
 def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
-    """Official state dict -> ours. Raises ValueError for names that no rule knows."""
-    return _rename(state, [(r.official, r.ours, r.to_ours) for r in rules])
+    """Official state dict -> ours. Raises ValueError for names that no rule knows, and for a part of several alone."""
+    renamed: dict[str, Tensor] = {}
+    for (number, found), names in _grouped(state, [_names(rule.official) for rule in rules]).items():
+        rule, wanted = rules[number], [_fill(name, found) for name in _names(rules[number].official)]
+        if missing := [name for name in wanted if name not in names]:
+            raise ValueError(f"the checkpoint is of another model: {_listing('missing', missing)}")
+        tensors = [state[name] for name in wanted]
+        renamed[_fill(rule.ours, found)] = rule.to_ours(*tensors) if rule.to_ours else tensors[0]
+    return renamed
 
 
 def to_official(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
     """Our state dict -> official. Raises ValueError for names that no rule knows."""
-    return _rename(state, [(r.ours, r.official, r.to_official) for r in rules])
+    renamed: dict[str, Tensor] = {}
+    for (number, found), (name,) in _grouped(state, [(rule.ours,) for rule in rules]).items():
+        rule = rules[number]
+        made = rule.to_official(state[name]) if rule.to_official else state[name]
+        parts = (made,) if isinstance(rule.official, str) else made
+        names = [_fill(official, found) for official in _names(rule.official)]
+        renamed |= dict(zip(names, parts, strict=True))
+    return renamed
 
 
 def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, origin: str) -> None:
@@ -50,19 +69,31 @@ def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, or
         raise ValueError(f"{origin} does not fit this model: {'; '.join(p for p in problems if p)}")
 
 
-def _rename(state: Mapping[str, Tensor], rules: Sequence[tuple[str, str, Transform | None]]) -> dict[str, Tensor]:
-    patterns = [(re.compile(re.escape(old).replace(r"\*", "(.*)")), new, transform) for old, new, transform in rules]
-    renamed, unknown = {}, []
-    for name, tensor in state.items():
-        for pattern, new, transform in patterns:
-            if match := pattern.fullmatch(name):
-                renamed[_fill(new, match.groups())] = transform(tensor) if transform else tensor
-                break
-        else:
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _grouped(
+    state: Mapping[str, Tensor], templates: Sequence[tuple[str, ...]]
+) -> dict[tuple[int, tuple[str, ...]], list[str]]:
+    """Names by (number of the first rule that matches, texts its stars stand for). Raises ValueError for others."""
+    patterns = [[re.compile(re.escape(name).replace(r"\*", "(.*)")) for name in names] for names in templates]
+
+    def matches(name: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+        for number, alternatives in enumerate(patterns):
+            yield from ((number, m.groups()) for pattern in alternatives if (m := pattern.fullmatch(name)))
+
+    groups: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+    unknown = []
+    for name in state:
+        key = next(matches(name), None)
+        if key is None:
             unknown.append(name)
+        else:
+            groups.setdefault(key, []).append(name)
     if unknown:
         raise ValueError(f"the checkpoint is of another model: {_listing('unknown', unknown)}")
-    return renamed
+    return groups
 
 
 def _fill(template: str, parts: Sequence[str]) -> str:

@@ -20,26 +20,18 @@ LOGVAR_RANGE = (-30.0, 20.0)  # official `DiagonalGaussianDistribution`
 
 
 @dataclass
-class AutoencoderConfig:
-    """Sizes; the defaults are the KL-16 released with MAR. LDM's KL-16 also has decoder_attention (16,).
-
-    Raises ValueError for sizes that cannot be built.
-    """
+class ConvConfig:
+    """Sizes that every convolutional autoencoder has. Raises ValueError for sizes that cannot be built."""
 
     base_channels: int = 128
     multipliers: Sequence[int] = (1, 1, 2, 2, 4)  # channels of each level over base_channels, finest level first
-    num_res_blocks: int = 2  # per encoder level; a decoder level has one more
+    num_res_blocks: int = 2  # per level
     z_channels: int = 16
-    embed_channels: int | None = None  # channels of a latent; None: z_channels
     double_z: bool = True  # the encoder gives mean and log variance
-    resolution: int = 256  # nominal: it decides, with the next two, which levels have attention; any image size fits
-    encoder_attention: Sequence[int] = (16,)  # resolutions
-    decoder_attention: Sequence[int] = ()
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("multipliers", "encoder_attention", "decoder_attention"):
-            setattr(self, name, tuple(getattr(self, name)))
+        self.multipliers = tuple(self.multipliers)
         sizes = (self.num_res_blocks, self.z_channels, self.latent_channels, self.norm_groups, *self.widths)
         if not self.widths or min(sizes) < 1:
             raise ValueError(f"every size of an autoencoder must be at least 1, in {self}")
@@ -57,12 +49,34 @@ class AutoencoderConfig:
     @property
     def latent_channels(self) -> int:
         """Channels C of a latent."""
-        return self.z_channels if self.embed_channels is None else self.embed_channels
+        return self.z_channels
 
     @property
     def stride(self) -> int:
         """Pixels per latent position, in each direction."""
         return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass
+class AutoencoderConfig(ConvConfig):
+    """The latent diffusion family, whose decoder levels have one more block than `num_res_blocks`.
+
+    The defaults are the KL-16 released with MAR. LDM's KL-16 also has decoder_attention (16,).
+    """
+
+    embed_channels: int | None = None  # channels of a latent; None: z_channels
+    resolution: int = 256  # nominal: it decides, with the next two, which levels have attention; any image size fits
+    encoder_attention: Sequence[int] = (16,)  # resolutions
+    decoder_attention: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self.encoder_attention = tuple(self.encoder_attention)
+        self.decoder_attention = tuple(self.decoder_attention)
+        super().__post_init__()
+
+    @property
+    def latent_channels(self) -> int:
+        return self.z_channels if self.embed_channels is None else self.embed_channels
 
 
 @dataclass
@@ -254,10 +268,10 @@ class ConvAutoencoder(nn.Module):
 class Posterior:
     """Normal distribution q(z | image) with diagonal covariance. float32 island."""
 
-    def __init__(self, moments: Tensor) -> None:
-        """moments (B, 2C, h, w): means, then log variances, which are clamped."""
+    def __init__(self, moments: Tensor, *, logvar_range: tuple[float, float] | None = LOGVAR_RANGE) -> None:
+        """moments (B, 2C, h, w): means, then log variances, which are clamped (None: not)."""
         self.mean, logvar = moments.float().chunk(2, dim=1)
-        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+        self.logvar = logvar.clamp(*logvar_range) if logvar_range else logvar
 
     @property
     def std(self) -> Tensor:

@@ -28,15 +28,19 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class table with one more row, the last, for 'no label' (`null_label`)."""
+    """Class table with one more row, the last, for 'no label' (`null_label`; None if there is none).
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    `num_special` rows between the classes and that one are a method's own (GIVT: masked tokens).
+    """
+
+    def __init__(self, num_classes: int, width: int, *, num_special: int = 0, null: bool = True) -> None:
         super().__init__()
-        self.null_label = num_classes
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.num_classes, self.num_special = num_classes, num_special
+        self.null_label = num_classes + num_special if null else None
+        self.embedding_table = nn.Embedding(num_classes + num_special + null, width)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """int64 (B,) in 0..num_classes -> (B, E)."""
+        """Rows of the table: int64 (B,) -> (B, E)."""
         return self.embedding_table(labels)
 
 

@@ -1,5 +1,7 @@
 """What dtype is computed in, and casting weights once for sampling under autocast."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
@@ -18,4 +20,11 @@ def cast_linear_(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def compute_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype of matrix products on this device as things stand: autocast's where it is on, else float32."""
     kind = torch.device(device).type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else torch.float32
+
+
+def without_autocast(device: torch.device | str) -> AbstractContextManager:
+    """Inside, products are computed in the dtype of their factors. Meta tensors, which have no autocast, may enter."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

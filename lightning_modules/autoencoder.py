@@ -17,7 +17,6 @@ import torch
 from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule
-from layers.conv_autoencoder import Posterior
 from layers.discriminator import (
     DiscriminatorConfig,
     PatchDiscriminator,
@@ -29,8 +28,7 @@ from layers.discriminator import (
 from layers.perceptual import PerceptualDistance
 from layers.random import Generators
 from layers.tokenizers.base import Tokenizer, from_uint8
-from layers.tokenizers.conv import LatentStatistics, LatentTokenizer, latent_statistics
-from layers.tokenizers.kl_vae import KLVAETokenizer
+from layers.tokenizers.conv import LatentStatistics, LatentTokenizer, PosteriorTokenizer, latent_statistics
 from layers.tokenizers.vq import VQTokenizer
 from lightning_modules.base import Batch, GenerativeModule
 from lightning_modules.config import as_config
@@ -53,7 +51,7 @@ class AutoencoderObjective:
     l1_weight: float = 1.0
     l2_weight: float = 0.0  # of squared differences of values in [-1, 1]
     reduction: Literal["sum", "mean"] = "sum"
-    kl_weight: float = 1e-6  # KL tokenizer: nats, summed over the latents of an image, mean over images
+    kl_weight: float = 1e-6  # where there is a posterior: nats, summed over an image's latents, mean over images
     commitment_weight: float = 1.0  # VQ tokenizer: mean over latent values of (z - sg[code])^2
     codebook_weight: float = 0.25  # VQ tokenizer: (sg[z] - code)^2; the official code puts its beta here, not above
     perceptual_weight: float = 0.0  # of LPIPS; LDM: 1. Needs the next two files, nothing is downloaded
@@ -77,7 +75,8 @@ class AutoencoderObjective:
 
 
 class AutoencoderModule(GenerativeModule):
-    """Trains `tokenizer`, a KLVAETokenizer or a VQTokenizer with frozen false; see GenerativeModule for the rest.
+    """Trains `tokenizer`, a KLVAETokenizer, BetaVAETokenizer or VQTokenizer with frozen false; see GenerativeModule
+    for the rest.
 
     Labels are not used (`num_classes` follows the data all the same). Latents are trained as they are: latent_scale
     comes afterwards, see `measure_latents`. Raises ValueError for other tokenizers and for sizes that do not fit.
@@ -149,7 +148,7 @@ class AutoencoderModule(GenerativeModule):
     def training_loss(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         """The objective; posterior noise as all training noise, by row of the global batch."""
         images, noise = batch["image"], None
-        if isinstance(self.tokenizer, KLVAETokenizer):
+        if isinstance(self.tokenizer, PosteriorTokenizer):
             size, channels = self.tokenizer.latent_size, self.tokenizer.arch.latent_channels
             noise = self.global_rows(torch.randn, len(images), channels, size, size, generator=generator)
         return self.losses(images, noise)
@@ -189,7 +188,7 @@ class AutoencoderModule(GenerativeModule):
         """What the encoder gives -> latents (B, C, h, w) for the decoder, their weighted penalty, its terms by name."""
         if isinstance(self.tokenizer, VQTokenizer):
             return self._quantised(encoded)
-        posterior = Posterior(encoded)
+        posterior = self.tokenizer.posterior(encoded)
         kl = posterior.kl().mean()
         return posterior.sample(noise), self.objective.kl_weight * kl, {"kl": kl}
 
@@ -250,9 +249,9 @@ class AutoencoderModule(GenerativeModule):
         self.eval()
         try:
             encoded, vae = self.encode(images.to(self.device)), self.tokenizer.vae
-            kl = isinstance(self.tokenizer, KLVAETokenizer)
-            latents = Posterior(encoded).mean if kl else self._codes(encoded)
-            return vae.decode(latents).float()
+            if isinstance(self.tokenizer, PosteriorTokenizer):
+                return vae.decode(self.tokenizer.posterior(encoded).mean).float()
+            return vae.decode(self._codes(encoded)).float()
         finally:
             self.train(was_training)
 
@@ -299,10 +298,10 @@ class AutoencoderModule(GenerativeModule):
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raise ValueError unless this tokenizer can be trained here."""
-    if not isinstance(tokenizer, KLVAETokenizer | VQTokenizer):
+    if not isinstance(tokenizer, PosteriorTokenizer | VQTokenizer):
         raise ValueError(
-            f"{type(tokenizer).__name__} is not trained here: set {TOKENIZER} to "
-            f"layers.tokenizers.kl_vae.KLVAETokenizer or layers.tokenizers.vq.VQTokenizer"
+            f"{type(tokenizer).__name__} is not trained here: set {TOKENIZER} to layers.tokenizers.kl_vae."
+            f"KLVAETokenizer, layers.tokenizers.beta_vae.BetaVAETokenizer or layers.tokenizers.vq.VQTokenizer"
         )
     if tokenizer.frozen:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from layers.checkpoint import Rule, check_fit, to_official, to_ours
 from layers.embed import LabelEmbedder, SplitLabelEmbedder
 from layers.tokenizers.base import Tokenizer
+from lightning_modules.flax_files import read_npz
 from lightning_modules.tokenizer_weights import load_tokenizer_weights, with_frozen, without_frozen
 from lightning_modules.weights import read_checkpoint, read_official, read_own
 
@@ -24,6 +25,10 @@ class Pretrained(nn.Module):
     def official_rules(self) -> list[Rule]:
         """Official parameter names <-> ours."""
         raise NotImplementedError
+
+    def unrolled(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """An official state in the form that `official_rules` names; flax files may hold all layers in one array."""
+        return state
 
     @classmethod
     def load_from_checkpoint(cls, path: str | Path, *, weights: str = "ema", device: str = "cpu") -> Self:
@@ -59,9 +64,9 @@ class Pretrained(nn.Module):
 
         One of our own checkpoints serves too, so that a new run can start from it.
         """
-        state = read_own(path, key)
+        state = None if is_npz(path) else read_own(path, key)
         if state is None:
-            state = to_ours(read_official(path, key, keys=self.OFFICIAL_KEYS), self.official_rules())
+            state = self.ours_from_official(self._read_official(path, key))
         if self.init_classes == "new":
             state = self._with_new_classes(state)
         hint = "" if self.init_classes == "new" else " (for other classes set --model.init_args.init_classes=new)"
@@ -82,13 +87,44 @@ class Pretrained(nn.Module):
         state = self.state_dict() if state is None else state
         return to_official(without_frozen(state, self.tokenizer), self.official_rules())
 
+    def ours_from_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our state dict from one under official names and layouts: the inverse of `official_state_dict`."""
+        return to_ours(self.unrolled(state), self.official_rules())
+
+    def _read_official(self, path: str | Path, key: str | None) -> dict[str, Tensor]:
+        if not is_npz(path):
+            return read_official(path, key, keys=self.OFFICIAL_KEYS)
+        if key is not None:
+            raise ValueError(f"{path} holds one set of weights, so '{key}' cannot be chosen in it: leave it out")
+        return read_npz(path)
+
     def _with_new_classes(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fresh vectors for our classes; the file's 'no label' stays: guidance keeps its other branch."""
         for prefix, module in self.named_modules():
             if isinstance(module, LabelEmbedder):
                 name, fresh = f"{prefix}.embedding_table.weight", module.embedding_table.weight.detach().cpu()
                 if name in state and state[name].shape[1:] == fresh.shape[1:]:  # else the strict load reports it
-                    state[name] = torch.cat([fresh[:-1], state[name][-1:]])
+                    state[name] = with_new_rows(module, fresh, state[name])
             elif isinstance(module, SplitLabelEmbedder):
                 state[f"{prefix}.class_emb.weight"] = module.class_emb.weight.detach().cpu().clone()
         return state
+
+
+def is_npz(path: str | Path) -> bool:
+    """Whether a file is one of numpy's, as big_vision writes them, by its name."""
+    return Path(path).suffix == ".npz"
+
+
+def with_new_rows(embedder: LabelEmbedder, fresh: Tensor, table: Tensor) -> Tensor:
+    """A file's label table with the `fresh` one's classes: the special rows and the one without label are the file's.
+
+    Raises ValueError where it cannot be told which those are: special rows are counted from the last, which is that
+    without label.
+    """
+    if embedder.num_special and embedder.null_label is None:
+        raise ValueError(
+            "init_classes=new needs the file's row for 'no label', which a model with objective.label_drop_prob=0 has "
+            "not: set it above 0"
+        )
+    kept = len(fresh) - embedder.num_classes
+    return torch.cat([fresh[: embedder.num_classes], table[len(table) - kept :]])

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from layers.tokenizers.base import Tokenizer
 from layers.tokenizers.consistency import ConsistencyTokenizer
-from layers.tokenizers.conv import ConvTokenizer
+from layers.tokenizers.learned import LearnedTokenizer
+from lightning_modules.flax_files import is_msgpack, read_msgpack, read_npz
 from lightning_modules.weights import existing, read_official, read_own
 
 PREFIX = "tokenizer."  # of a tokenizer's names inside a module
 OWN = f"{PREFIX}vae."  # autoencoder trained by this project
 SETS = ("model",)  # MAR's kl16.ckpt; LDM's files have "state_dict", as Lightning's have
+FLAX_SETS = ("ema_params", "g_params")  # GIVT's beta-VAEs: the average first, which is the one that GIVT uses
 TRAINING_ONLY = ("loss.",)  # LDM's files also hold the discriminator and the perceptual network
 
 
@@ -27,7 +29,7 @@ def load_tokenizer_weights(tokenizer: Tokenizer) -> None:
 
     Raises FileNotFoundError, or ValueError for a file that is damaged, unsafe or of another autoencoder.
     """
-    if isinstance(tokenizer, ConvTokenizer) and tokenizer.weights and not tokenizer.loaded:
+    if isinstance(tokenizer, LearnedTokenizer) and tokenizer.weights and not tokenizer.loaded:
         state, left_out = read_autoencoder(tokenizer.weights)
         tokenizer.load_weights(state, origin=tokenizer.weights)
         rank_zero_info(f"tokenizer: {len(state)} tensors of {tokenizer.weights}{_listing(left_out)}")
@@ -38,8 +40,13 @@ def load_tokenizer_weights(tokenizer: Tokenizer) -> None:
 def read_autoencoder(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
     """Weights under official names, and the names that were left out: those of training alone.
 
-    Takes MAR's kl16.ckpt, LDM's checkpoints, ours (the average where there is one), bare state dicts and safetensors.
+    Takes MAR's kl16.ckpt, LDM's checkpoints, GIVT's flax files (the average), ours (the average where there is one),
+    bare state dicts and safetensors.
     """
+    if is_msgpack(path):
+        return {f"cnn_{name}": tensor for name, tensor in read_msgpack(path, sets=FLAX_SETS).items()}, []
+    if Path(path).suffix == ".npz":
+        return read_npz(path), []
     state = read_own(path, None)
     if state is None:
         state = read_official(path, None, keys=SETS)

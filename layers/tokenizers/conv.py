@@ -1,28 +1,27 @@
-"""What the tokenizers around a convolutional autoencoder share: sizes, freezing, weights, and the scale of latents.
+"""What the tokenizers around a convolutional autoencoder share: sizes, patches, and the scale of latents.
 
-A frozen tokenizer stays in eval mode, is not trained, and refuses to run before its weights are there
-(`lightning_modules/tokenizer_weights.py` reads the file named by `weights`; nothing here opens files).
+Freezing and weights are those of every learned tokenizer (learned.py).
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Self
+from dataclasses import asdict
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from layers.checkpoint import check_fit
-from layers.conv_autoencoder import AutoencoderConfig, ConvAutoencoder
+from layers.conv_autoencoder import ConvAutoencoder, ConvConfig, Posterior
+from layers.maskgit_autoencoder import MaskGITAutoencoder
 from layers.patch import patchify, unpatchify
-from layers.random import Generators
-from layers.tokenizers.base import Tokenizer, Tokens, from_uint8
+from layers.random import Generators, randn
+from layers.tokenizers.base import Tokens, from_uint8
+from layers.tokenizers.learned import KEYS, LearnedTokenizer
 
-KEYS = "--model.init_args.tokenizer.init_args"
+Config = TypeVar("Config", bound=ConvConfig)
 
 
-def as_architecture(
-    cls: type[AutoencoderConfig], value: AutoencoderConfig | Mapping[str, Any], *, double_z: bool
-) -> AutoencoderConfig:
+def as_architecture(cls: type[Config], value: Config | Mapping[str, Any], *, double_z: bool) -> Config:
     """A config from itself or its fields. Raises ValueError if the kind of tokenizer needs the other `double_z`."""
     config = cls(**value) if isinstance(value, Mapping) else value
     if config.double_z != double_z:
@@ -30,56 +29,33 @@ def as_architecture(
     return config
 
 
-class ConvTokenizer(Tokenizer):
-    """Square images of `image_size`, whose latents are cut into patches of `patch_size` latent positions.
+class ConvTokenizer(LearnedTokenizer):
+    """Square images of `image_size`, whose latents are cut into patches of `patch_size` latent positions a side, or of
+    (height, width).
 
     Raises ValueError if `image_size` is no multiple of stride * patch_size.
     """
 
     def __init__(
         self,
-        vae: ConvAutoencoder,
-        arch: AutoencoderConfig,
+        vae: ConvAutoencoder | MaskGITAutoencoder,
+        arch: ConvConfig,
         *,
         image_size: int,
-        patch_size: int,
+        patch_size: int | tuple[int, int],
         weights: str | None,
         frozen: bool,
     ) -> None:
-        super().__init__()
-        if image_size < 1 or patch_size < 1 or image_size % (arch.stride * patch_size):
+        super().__init__(vae, weights=weights, frozen=frozen)
+        sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        if image_size < 1 or min(sides) < 1 or any(image_size % (arch.stride * side) for side in sides):
             raise ValueError(
                 f"image_size {image_size} is not divisible by the autoencoder's stride {arch.stride} times patch_size "
                 f"{patch_size}: set {KEYS}.image_size or patch_size"
             )
-        self.vae, self.arch = vae, arch
-        self.image_size, self.patch_size, self.weights, self.frozen = image_size, patch_size, weights, frozen
-        self.loaded = False
+        self.arch, self.image_size, self.patch_size = arch, image_size, patch_size
         self.latent_size = image_size // arch.stride
-        self.grid = (self.latent_size // patch_size, self.latent_size // patch_size)
-        self.requires_grad_(not frozen).train()
-
-    def train(self, mode: bool = True) -> Self:
-        """Frozen tokenizers stay in eval mode, whatever their owner does."""
-        return super().train(mode and not self.frozen)
-
-    def load_weights(self, state: Mapping[str, Tensor], *, origin: str) -> None:
-        """Weights under official names (`encoder.conv_in.weight`, ...); `origin` names their file in errors.
-
-        Raises ValueError that names what is missing, unknown or of another shape; nothing is changed then.
-        """
-        check_fit(state, self.vae.state_dict(), origin=origin)
-        self.vae.load_state_dict(state)
-        self.loaded = True
-
-    def require_weights(self) -> None:
-        """Raise ValueError rather than compute with random weights that nobody trains."""
-        if self.frozen and not self.loaded:
-            source = f"the file '{self.weights}' was not read" if self.weights else "it was given no file"
-            raise ValueError(
-                f"{type(self).__name__} is frozen and has no weights yet ({source}): set {KEYS}.weights and call "
-                f"lightning_modules.tokenizer_weights.load_tokenizer_weights, or train it (frozen=false)"
-            )
+        self.grid = (self.latent_size // sides[0], self.latent_size // sides[1])
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> what the encoder gives, (B, C or 2C, h, w). float32 island, as official code encodes.
@@ -107,11 +83,11 @@ class LatentTokenizer(ConvTokenizer):
 
     def __init__(
         self,
-        vae: ConvAutoencoder,
-        arch: AutoencoderConfig,
+        vae: ConvAutoencoder | MaskGITAutoencoder,
+        arch: ConvConfig,
         *,
         image_size: int,
-        patch_size: int,
+        patch_size: int | tuple[int, int],
         latent_scale: float | None,
         latent_shift: float,
         weights: str | None,
@@ -121,7 +97,7 @@ class LatentTokenizer(ConvTokenizer):
         if latent_scale is not None and not 0 < latent_scale < math.inf:
             raise ValueError(f"latent_scale is {latent_scale}: use 1 / std of the latents")
         self.latent_scale, self.latent_shift = latent_scale, latent_shift
-        self.token_dim = patch_size**2 * arch.latent_channels
+        self.token_dim = self.latent_size**2 // self.seq_len * arch.latent_channels
 
     def latents(self, raw: Tensor, generator: Generators = None) -> Tensor:
         """raw (B, C or 2C, h, w) -> latents (B, C, h, w), float32, not scaled."""
@@ -149,11 +125,19 @@ class LatentTokenizer(ConvTokenizer):
                 f"latents are {tuple(latents.shape[1:])}, this tokenizer's are {expected}: they were cached with "
                 f"another tokenizer or image_size"
             )
-        return patchify((latents - self.latent_shift) * self._scale(), self.patch_size)
+        return self.cut((latents - self.latent_shift) * self._scale())
 
     def from_tokens(self, x: Tensor) -> Tensor:
         """Tokens (B, L, D) -> latents (B, C, h, w): the inverse of `to_tokens`."""
-        return unpatchify(x.float(), self.patch_size, self.grid) / self._scale() + self.latent_shift
+        return self.join(x.float()) / self._scale() + self.latent_shift
+
+    def cut(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> patches (B, L, D)."""
+        return patchify(latents, self.patch_size)
+
+    def join(self, patches: Tensor) -> Tensor:
+        """(B, L, D) -> (B, C, h, w): the inverse of `cut`."""
+        return unpatchify(patches, self.patch_size, self.grid)
 
     def _scale(self) -> float:
         if self.latent_scale is None:
@@ -162,6 +146,31 @@ class LatentTokenizer(ConvTokenizer):
                 f"the training set and set {KEYS}.latent_scale to 1 / std"
             )
         return self.latent_scale
+
+
+class PosteriorTokenizer(LatentTokenizer):
+    """Continuous tokens of an autoencoder that gives a distribution: raw = moments (B, 2C, h, w), which can be cached;
+    the latents are drawn from it anew each time."""
+
+    def init_args(self) -> dict[str, Any]:
+        return {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "arch": asdict(self.arch),
+            "latent_scale": self.latent_scale,
+            "latent_shift": self.latent_shift,
+            "weights": self.weights,
+            "frozen": self.frozen,
+        }
+
+    def posterior(self, raw: Tensor) -> Posterior:
+        """The distribution that the moments (B, 2C, h, w) stand for."""
+        return Posterior(raw)
+
+    def latents(self, raw: Tensor, generator: Generators = None) -> Tensor:
+        """Moments (B, 2C, h, w) -> a sample of the posterior (B, C, h, w)."""
+        posterior = self.posterior(raw)
+        return posterior.sample(randn(posterior.mean.shape, generator, device=raw.device))
 
 
 class LatentStatistics(NamedTuple):

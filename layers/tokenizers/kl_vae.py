@@ -4,17 +4,11 @@ raw = posterior moments (B, 2C, h, w), which can be cached; tokens = scaled samp
 time. Images in [-1, 1] come back unclamped.
 """
 
-from dataclasses import asdict
-from typing import Any
-
-from torch import Tensor
-
-from layers.conv_autoencoder import AutoencoderConfig, ConvAutoencoder, Posterior
-from layers.random import Generators, randn
-from layers.tokenizers.conv import LatentTokenizer, as_architecture
+from layers.conv_autoencoder import AutoencoderConfig, ConvAutoencoder
+from layers.tokenizers.conv import PosteriorTokenizer, as_architecture
 
 
-class KLVAETokenizer(LatentTokenizer):
+class KLVAETokenizer(PosteriorTokenizer):
     """Latents of a KL autoencoder as continuous tokens.
 
     The default architecture is the KL-16 released with MAR, whose latent_scale is 0.2325, without subtracting the mean
@@ -44,19 +38,3 @@ class KLVAETokenizer(LatentTokenizer):
             weights=weights,
             frozen=frozen,
         )
-
-    def init_args(self) -> dict[str, Any]:
-        return {
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "arch": asdict(self.arch),
-            "latent_scale": self.latent_scale,
-            "latent_shift": self.latent_shift,
-            "weights": self.weights,
-            "frozen": self.frozen,
-        }
-
-    def latents(self, raw: Tensor, generator: Generators = None) -> Tensor:
-        """Moments (B, 2C, h, w) -> a sample of the posterior (B, C, h, w)."""
-        posterior = Posterior(raw)
-        return posterior.sample(randn(posterior.mean.shape, generator, device=raw.device))

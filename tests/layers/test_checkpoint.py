@@ -37,6 +37,32 @@ def test_dots_of_a_rule_are_literal():
         to_ours({"netXscale": torch.ones(1)}, [Rule("net.scale", "gain")])
 
 
+FUSED = [
+    Rule(("*/q", "*/k"), "*.qk", lambda q, k: torch.cat([q, 2 * k]), lambda w: (w[:2], w[2:] / 2)),
+    Rule("*", "*"),
+]
+
+
+def test_several_official_tensors_are_one_of_ours_in_the_order_of_the_rule():
+    official = {
+        "a/k": torch.ones(3),
+        "b/q": torch.zeros(2),
+        "a/q": torch.arange(2.0),
+        "b/k": torch.ones(1),
+        "x": torch.ones(1),
+    }
+    ours = to_ours(official, FUSED)
+    assert set(ours) == {"a.qk", "b.qk", "x"}
+    assert ours["a.qk"].tolist() == [0, 1, 2, 2, 2] and ours["b.qk"].tolist() == [0, 0, 2]
+    back = to_official(ours, FUSED)
+    assert set(back) == set(official) and all(torch.equal(back[name], official[name]) for name in official)
+
+
+def test_a_part_of_several_that_is_missing_is_named():
+    with pytest.raises(ValueError, match=r"another model: 1 missing \(a/k\)"):
+        to_ours({"a/q": torch.ones(2)}, FUSED)
+
+
 @pytest.mark.parametrize("direction", [to_ours, to_official])
 def test_a_name_without_a_rule_is_an_error_that_names_it(direction):
     with pytest.raises(ValueError, match=r"another model: 1 unknown \(other\.weight\)"):

@@ -36,6 +36,13 @@ def test_last_row_of_the_label_table_is_the_null_label():
     assert torch.equal(embedder(torch.tensor([4, 1])), embedder.embedding_table.weight[[4, 1]])
 
 
+def test_special_rows_lie_between_the_classes_and_the_null_label():
+    embedder = LabelEmbedder(4, 3, num_special=2)
+    assert embedder.null_label == 6 and embedder.embedding_table.weight.shape == (7, 3)
+    alone = LabelEmbedder(4, 3, null=False)
+    assert alone.null_label is None and alone.embedding_table.weight.shape == (4, 3)
+
+
 def test_positions_equal_their_formula_columns_in_the_first_half():
     width, grid = 8, (2, 3)
     table = sincos_2d(width, grid)

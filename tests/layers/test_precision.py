@@ -2,7 +2,7 @@
 
 import torch
 
-from layers.precision import cast_linear_
+from layers.precision import cast_linear_, compute_dtype, without_autocast
 from tests.methods.test_jit import module_from
 
 CONFIG = {
@@ -37,3 +37,14 @@ def test_only_linear_layers_are_cast():
     for name, p in net.named_parameters():
         assert p.dtype == (torch.bfloat16 if id(p) in linear else torch.float32), name
     assert net.rope.dtype == torch.float32
+
+
+def test_products_inside_keep_the_dtype_of_their_factors():
+    x = torch.randn(3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        with without_autocast(x.device):
+            assert torch.equal(x @ x, x.mm(x)) and (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == compute_dtype("cpu") == torch.bfloat16
+    assert compute_dtype("cpu") == compute_dtype("meta") == torch.float32
+    with without_autocast("meta"):
+        assert (x.to("meta") @ x.to("meta")).dtype == torch.float32

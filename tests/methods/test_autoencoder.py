@@ -2,7 +2,7 @@
 
 import torch
 
-from experiments.load import load_data, load_module
+from experiments.load import load_config, load_data, load_module
 
 # Overrides that shrink any recipe of an autoencoder; tests/smoke.py and the contract tests run every recipe with them.
 TINY = {
@@ -21,6 +21,19 @@ TINY = {
     "model.init_args.discriminator.channels": 8,
     "model.init_args.discriminator.num_layers": 1,
 }
+# recipes that need more; a class_path here drops TINY's arguments of the class that it replaces
+TOKENIZER = "model.init_args.tokenizer"
+TINY_OF = {
+    "vae_givt": {
+        f"{TOKENIZER}.class_path": "layers.tokenizers.beta_vae.BetaVAETokenizer",
+        f"{TOKENIZER}.init_args.image_size": 16,
+        f"{TOKENIZER}.init_args.arch.base_channels": 8,
+        f"{TOKENIZER}.init_args.arch.multipliers": [1, 2],
+        f"{TOKENIZER}.init_args.arch.num_res_blocks": 1,
+        f"{TOKENIZER}.init_args.arch.z_channels": 4,
+        f"{TOKENIZER}.init_args.arch.norm_groups": 4,
+    }
+}
 
 
 def test_recipe_is_kl_16_by_the_recipe_of_ldm():
@@ -34,6 +47,18 @@ def test_recipe_is_kl_16_by_the_recipe_of_ldm():
     assert (objective.disc_weight, objective.disc_start) == (0.5, 50_001)
     assert module.optim.betas == (0.5, 0.9) and module.optim.weight_decay == 0
     assert module.optim.peak_lr(load_data("vae").batch_size) == 1e-4 and load_data("vae").batch_size == 256
+
+
+def test_recipe_of_givt_is_the_released_network_by_the_published_figures():
+    """53.0 M parameters (manifest), beta of the released default, an average of MaskGIT's decay, GIVT's VAE loss."""
+    with torch.device("meta"):
+        module = load_module("vae_givt")
+    tokenizer, objective = module.tokenizer, module.objective
+    assert sum(p.numel() for p in tokenizer.parameters() if p.requires_grad) == 53_032_611
+    assert (tokenizer.grid, tokenizer.token_dim, tokenizer.latent_scale) == ((16, 16), 16, 1.0)
+    assert (objective.l1_weight, objective.l2_weight, objective.reduction) == (0, 0.5, "sum")
+    assert objective.kl_weight == 5e-5 and load_config("vae_givt")["ema"]["decays"] == [0.999]
+    assert (module.optim.lr, module.optim.betas, load_data("vae_givt").batch_size) == (1e-4, (0.0, 0.99), 256)
 
 
 def test_toy_recipes_reduce_as_their_headers_say():
