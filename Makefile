@@ -45,7 +45,7 @@ need_exp = $(if $(strip $(EXP)),,$(error EXP is missing: for example make $@ EXP
 weights = --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA))
 scoring = $(call opt,num,$(NUM)) $(call opt,stats,$(STATS)) $(call opt,extractor,$(EXTRACTOR)) $(call opt,devices,$(DEVICES)) $(call opt,out,$(OUT)) --seed "$(SEED)"
 
-.PHONY: help setup train sample export eval sweep stats cache latents plan claims smoke test test-slow test-gpu lint bench tensorboard
+.PHONY: help setup train sample export eval sweep stats cache latents probe plan claims smoke test test-slow test-gpu lint bench tensorboard
 
 help:  ## this text
 	@echo "softtokens: image generation without a vector-quantised bottleneck"
@@ -67,7 +67,7 @@ setup: $(READY)  ## make .venv with the tested versions (every other target does
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 is $$(python3 --version 2>&1), 3.11 or newer is needed: give one with PYTHON=" >&2; exit 2; }
 	@echo "installing into .venv (about 6 GB, some minutes, once) ..."
 	@python3 -m venv .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,dev]"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,text,dev]"
 	@touch $@
 
 train: $(READY)  ## train EXP, e.g. make train EXP=jit_digits; CKPT= resumes, OFFICIAL= fine-tunes
@@ -87,6 +87,9 @@ sweep: $(READY)  ## score guidance scales and averages: CFG=1:4:0.5 EMA=0.9999,0
 
 stats: $(READY)  ## reference statistics of EXP's data: SPLIT=train EXTRACTOR=inception OUT=stats/x.npz
 	$(need_exp)@$(PY) -m experiments.stats --exp "$(strip $(EXP))" --split "$(SPLIT)" $(call opt,extractor,$(EXTRACTOR)) $(call opt,devices,$(DEVICES)) $(call opt,out,$(OUT)) $(ARGS)
+
+probe: $(READY)  ## linear probes of EXP's representations (CKPT or OFFICIAL), from at most NUM training images
+	$(need_exp)@$(PY) -m experiments.probe $(weights) $(call opt,num,$(NUM)) --seed "$(SEED)" $(ARGS)
 
 cache: $(READY)  ## latents of EXP's images, by its tokenizer: SPLIT=train OUT=folder DEVICES=8; goes on where it stopped
 	$(need_exp)@$(PY) -m experiments.cache --exp "$(strip $(EXP))" --split "$(SPLIT)" $(call opt,devices,$(DEVICES)) $(call opt,out,$(OUT)) $(ARGS)

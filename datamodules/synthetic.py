@@ -1,8 +1,9 @@
 """Seeded fake rows, for tests, smoke runs and benchmarks, and sequences whose entropy is known.
 
-SyntheticData: row i depends only on (seed, i): label i mod `num_classes`, image = a colour of its class plus uniform noise. A model
-can so learn something in a few steps, and no file, network or decoder is involved. Validation rows continue the
-numbering, so they differ from the training rows. Images uint8 (N,3,H,W) are held in memory; captions are "class 3".
+SyntheticData: row i depends only on (seed, i): label i mod `num_classes`, image = a colour of its class plus uniform
+noise. A model can so learn something in a few steps, and no file, network or decoder is involved. Validation rows
+continue the numbering, so they differ from the training rows. Images uint8 (N,3,H,W) are held in memory; captions are
+"class 3".
 
 MixtureData: sequences of vectors drawn from a process whose density is written down below, so that a likelihood model
 can be held against the entropy, which no model undercuts but by chance of the rows.

@@ -91,7 +91,10 @@ def is_cached(config: dict[str, Any]) -> bool:
 
 
 def fake_batch(module: GenerativeModule, size: int, device: str, *, cached: bool = False) -> dict[str, Tensor]:
-    """A batch of `size` black images of class 0, or of what a cache holds of them."""
+    """A batch of `size` black images of class 0, with empty maps where the module wants some, or of what a cache holds
+    of them."""
+    if hasattr(module, "blank_batch"):
+        return module.blank_batch(size, device)
     side = module.tokenizer.image_size
     image = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
     label = torch.zeros(size, dtype=torch.int64, device=device)
@@ -158,11 +161,32 @@ def sampling_flops(module: GenerativeModule) -> int:
 
         return call
 
+    def counted_at_both_ends(step: Callable[..., Any], last: int) -> Callable[..., Any]:
+        """A causal network's step for tokens 0..last: what it costs grows linearly with the token's number."""
+        ends: list[int] = []
+        out = None
+
+        def call(token: Tensor, index: int, cache: Any) -> Any:
+            nonlocal repeated, out
+            if index in (0, last):
+                with FlopCounterMode(display=False) as counter:
+                    out = step(token, index, cache)
+                ends.append(counter.get_total_flops())
+            if index == last > 0:
+                repeated += (last - 1) * sum(ends) // 2
+            return out
+
+        return call
+
     parts = [(part, "forward") for part in module.compiled_modules()]
     parts += [(module.head, "sample")] if hasattr(module, "head") else []  # all of a token's steps
     for part, name in parts:
         setattr(part, name, counted_once(getattr(part, name)))
-    image = fake_batch(module, 1, "meta")["image"]
+    if hasattr(module.net, "step"):  # one token at a time, with a cache
+        module.net.step = counted_at_both_ends(module.net.step, module.net.seq_len - 2)
+        parts.append((module.net, "step"))
+    batch = fake_batch(module, 1, "meta")
+    image = module.packed(batch) if hasattr(module, "packed") else batch["image"]
     try:
         draw = (lambda: module.reconstruct(image)) if hasattr(module, "reconstruct") else (lambda: module.sample([0]))
         return count_flops(draw) + repeated

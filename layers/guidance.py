@@ -3,6 +3,7 @@
 Convention everywhere: uncond + cfg_scale (cond - uncond), off at 1. A paper's w is cfg_scale - 1.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,8 @@ def interval_scale(t: Tensor, scale: float, interval: tuple[float, float]) -> fl
     low, high = interval
     inside = bool(t < high) and (low == 0 or bool(t > low))
     return scale if inside else 1.0
+
+
+def for_branches(x: Tensor, rows: Tensor) -> Tensor:
+    """x (B, ...) for both guidance branches in one batch, conditional rows first: (2B, ...) where `rows` is as long."""
+    return x if len(x) == len(rows) else torch.cat([x, x])

@@ -22,6 +22,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+class OffsetRMSNorm(nn.Module):
+    """x / rms(x) * (1 + scale) over the last axis, scale 0 at first: Gemma's (`ppp/gemma.py`). float32 island."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D), same dtype."""
+        return F.rms_norm(x.float(), self.scale.shape, 1 + self.scale.float(), self.eps).to(x.dtype)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift, one vector per image: x (B, L, D), shift and scale (B, D) -> (B, L, D)."""
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from layers.checkpoint import Rule
 from layers.cuda_graphs import Graphed
 from layers.gather import put, take
+from layers.guidance import for_branches
 from layers.heads.base import Head, OneShotHead
 from layers.heads.categorical import CategoricalHead
 from layers.heads.diffusion import DiffusionHead
@@ -294,9 +295,9 @@ class MARModule(Editable, GenerativeModule):
         steps = annealed_steps(sampling.num_steps, sampling.num_steps_last, x.shape[1] - num_known)
         for j in range(num_known, orders.shape[1]):
             start = 0 if j == num_known else j - 1
-            new, known = orders[:, j : j + 1], self._both(orders[:, start:j], labels)  # (B, 1), (B, 1 or at first K)
-            targets = self._both(orders[:, j if j > num_known else 0 : j + 1], labels)
-            tokens = take(self._both(x, labels), known)
+            new, known = orders[:, j : j + 1], for_branches(orders[:, start:j], labels)  # (B, 1), (B, 1 or at first K)
+            targets = for_branches(orders[:, j if j > num_known else 0 : j + 1], labels)
+            tokens = take(for_branches(x, labels), known)
             z = self.net.causal(tokens, known, targets, labels if j == num_known else None, cache)[:, -1:]  # (B, 1, E)
             scale = self._scale(sampling, max(1, orders.shape[1] - j - 1))
             x = put(x, new, self._draw(z, new, noise, scale, steps[j - num_known], sampling))
@@ -328,10 +329,6 @@ class MARModule(Editable, GenerativeModule):
         """Labels of both guidance branches (2B,), or of the only one (B,)."""
         return labels if sampling.cfg_scale == 1 else torch.cat([labels, torch.full_like(labels, self.num_classes)])
 
-    def _both(self, x: Tensor, labels: Tensor) -> Tensor:
-        """x (B, ...) for as many branches as there are labels."""
-        return x if len(x) == len(labels) else torch.cat([x, x])
-
     def _guided_z(self, x: Tensor, labels: Tensor, new: Tensor, known: Tensor) -> Tensor:
         """z (B or 2B, R, E) of the new positions in all branches.
 
@@ -339,7 +336,7 @@ class MARModule(Editable, GenerativeModule):
         """
         trunk = self._captured or self.net.forward  # not as compiled for training: sampling meets too many shapes
         if known.shape[1] or len(x) == len(labels):
-            known, new, x = (self._both(y, labels) for y in (known, new, x))
+            known, new, x = (for_branches(y, labels) for y in (known, new, x))
             return trunk(take(x, known), known, new, labels)
         size = len(x)
         everywhere = torch.arange(self.net.seq_len, device=x.device).expand(size + 1, -1)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from layers.precision import without_autocast
+
 Density = Callable[[Tensor, Tensor], Tensor]  # outputs (r, P) in float32 and x (r, D) -> (r,)
 
 CHUNK_BYTES = 2**25  # of a chunk's float32 outputs; the density needs six times as many with their gradients
@@ -25,7 +27,7 @@ def chunk_rows(numbers_per_row: int) -> int:
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """h (..., E) -> float32 outputs (..., P) of a product in `dtype`, whatever autocast says."""
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h.device):
         return F.linear(h.to(dtype), weight.to(dtype), bias.to(dtype)).float()
 
 
@@ -35,7 +37,7 @@ def linear_of_rows(h: Tensor, weight: Tensor, bias: Tensor, index: Tensor, dtype
     Reads Q rows of the weight per row of h, for all G at once, and no others; a chunk of rows at a time.
     """
     chunks = []
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h.device):
         for c in _chunks(len(index), chunk_rows(index.shape[1] * h.shape[-1])):
             rows, columns = h[:, c].transpose(0, 1).to(dtype), weight[index[c]].to(dtype)  # (r, G, E), (r, Q, E)
             chunks.append(torch.baddbmm(bias[index[c]][:, None].to(dtype), rows, columns.mT))
@@ -79,7 +81,7 @@ class _DensityOfLinear(torch.autograd.Function):
             outputs = linear(h[c], cast, cast_bias, ctx.dtype)
             grad_outputs, grad_x[c] = _density_grads(ctx.density, outputs, x[c], grad[c])
             grad_outputs = grad_outputs.to(ctx.dtype)  # as autograd's, through the cast
-            with torch.autocast(h.device.type, enabled=False):
+            with without_autocast(h.device):
                 grad_h[c] = grad_outputs @ cast
                 grad_weight += grad_outputs.T @ h[c].to(ctx.dtype)
                 grad_bias += grad_outputs.sum(0)

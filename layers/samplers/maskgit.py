@@ -144,3 +144,11 @@ def maskgit_decode(
         x = x.index_put((rows, positions[rows, fixed]), tokens[rows, fixed].to(x.dtype))
         positions = positions[rows, masked]
     return x
+
+
+def mask_weights(mask: Tensor) -> Tensor:
+    """Weights (B, L) of a mask (B, L): 0 for known tokens, and B / the number of masked ones for these.
+
+    The mean over images of weighted sums is then that over all masked tokens, as the official code pools them.
+    """
+    return mask * (len(mask) / mask.sum())

@@ -70,7 +70,8 @@ class Guard(L.Callback):
             kept = latest and latest.best_model_path and shown(latest.best_model_path)
             raise ValueError(
                 f"the loss is not finite (nan or inf) at step {trainer.global_step}: lower the learning rate "
-                f"(--model.init_args.optim.lr) or use --trainer.precision=32-true; "
+                f"(--model.init_args.optim.lr) or use --trainer.precision=32-true, and if it was so from the first "
+                f"step, look for such values in the data or in what the tokenizer makes of it; "
                 + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was saved yet")
             )
 

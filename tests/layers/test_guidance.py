@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layers.guidance import cfg, interval_scale
+from layers.guidance import cfg, for_branches, interval_scale
 from layers.samplers.ode import uniform_times
 
 
@@ -33,3 +33,8 @@ def test_interval_is_open_at_both_ends_in_float32(t, interval, inside):
 def test_heun_grid_of_fifty_has_six_unguided_points_below_a_tenth():
     scales = [interval_scale(t, 3.0, (0.1, 1.0)) for t in uniform_times(50)[:-1]]
     assert scales == [1.0] * 6 + [3.0] * 44
+
+
+def test_branches_are_one_batch_conditional_rows_first():
+    x, rows = torch.randn(2, 3), torch.zeros(4)
+    assert torch.equal(for_branches(x, rows), torch.cat([x, x])) and for_branches(x, rows[:2]) is x

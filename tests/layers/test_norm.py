@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layers.norm import RMSNorm, modulate
+from layers.norm import OffsetRMSNorm, RMSNorm, modulate
 
 
 def test_rmsnorm_equals_its_formula():
@@ -27,6 +27,15 @@ def test_rmsnorm_rounds_only_its_result(dtype):
     assert norm(x).dtype == dtype
     difference = (norm(x).float() - exact).abs() / exact.abs()
     assert difference.max() <= torch.finfo(dtype).eps / 2 * 1.01  # one rounding
+
+
+def test_offset_rmsnorm_is_rmsnorm_with_weight_one_plus_scale():
+    x, norm, plain = torch.randn(2, 3, 8) * 5, OffsetRMSNorm(8), RMSNorm(8)
+    torch.testing.assert_close(norm(x), plain(x))  # as it begins
+    torch.nn.init.normal_(norm.scale)
+    plain.load_state_dict({"weight": 1 + norm.scale.detach()})
+    assert torch.equal(norm(x), plain(x))
+    assert torch.equal(norm(x.bfloat16()), plain(x.bfloat16()))
 
 
 def test_modulate_scales_and_shifts_each_image_by_its_own_vector():

@@ -1,11 +1,11 @@
-"""Two-dimensional rotary positions."""
+"""Rotary positions, on a grid in adjacent pairs and on a sequence in halves."""
 
 import math
 
 import pytest
 import torch
 
-from layers.rope import apply_rope, axial_rope
+from layers.rope import apply_rope, axial_rope, rotary_table, rotate_halves
 
 
 def test_table_equals_its_formula_rows_in_the_first_half():
@@ -62,3 +62,43 @@ def test_bf16_input_is_rotated_in_float32_and_rounded_once():
 def test_head_dim_must_be_divisible_by_4(dim):
     with pytest.raises(ValueError, match=f"divisible by 4, not {dim}"):
         axial_rope(dim, (2, 2))
+
+
+def test_table_of_positions_equals_its_formula():
+    positions, dim = torch.tensor([[0, 1, 2, 2], [-1, 0, 7, 300]]), 6
+    table = rotary_table(positions, dim, theta=100.0)
+    assert table.shape == (2, 2, 1, 4, 3)
+    for b in range(2):
+        for i in range(4):
+            for m in range(3):
+                angle = positions[b, i].item() * 100.0 ** (-2 * m / dim)
+                cos, sin = table[:, b, 0, i, m].tolist()
+                assert (cos, sin) == pytest.approx((math.cos(angle), math.sin(angle)), abs=2e-5)
+
+
+def test_halves_turn_as_complex_numbers():
+    x, table = torch.randn(2, 3, 5, 8, dtype=torch.float64), rotary_table(torch.arange(5)[None], 8).double()
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(*table)
+    torch.testing.assert_close(
+        rotate_halves(x, table), torch.cat([turned.real, turned.imag], dim=-1), atol=1e-12, rtol=0
+    )
+
+
+def test_scores_of_halves_depend_on_the_distance_only():
+    q, k = (torch.randn(1, 1, 1, 8).expand(1, 1, 6, 8) for _ in range(2))
+    scores = [
+        rotate_halves(q, table) @ rotate_halves(k, table).mT
+        for table in (rotary_table(torch.arange(6)[None] + start, 8) for start in (0, 50))
+    ]
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=0)
+    assert (scores[0][0, 0, 0, 1] - scores[0][0, 0, 1, 0]).abs() > 1e-3
+
+
+def test_bf16_halves_are_rotated_in_float32_and_rounded_once():
+    x, table = torch.randn(2, 2, 64, 16).bfloat16(), rotary_table(torch.arange(64)[None], 16)
+    assert torch.equal(rotate_halves(x, table), rotate_halves(x.float(), table).bfloat16())
+
+
+def test_pairs_need_an_even_head_dim():
+    with pytest.raises(ValueError, match="even head dim, not 7"):
+        rotary_table(torch.arange(3)[None], 7)

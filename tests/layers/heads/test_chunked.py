@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.measure import LiveBytes
 from layers.heads.chunked import CHUNK_BYTES, MIN_CHUNK_ROWS, chunk_rows, density_of_linear, linear, linear_of_rows
-from tests.layers.heads.live_bytes import LiveBytes
 
 R, D, E, P = 50, 3, 6, 12
 CHUNK = 16  # rows

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import LiveBytes
 from layers.heads.gmm import GMMHead
 from layers.samplers import gmm_cfg
-from tests.layers.heads.live_bytes import LiveBytes
 from tests.layers.heads.oracles import randomise
 
 R, D, E, K = 60, 3, 6, 4
