@@ -1,7 +1,8 @@
 """What `make sample` writes of an autoencoder: `--num` images of the validation set, and what comes back of them.
 
 `grid.png` (images left, reconstructions right), one PNG per pair, `samples.npz` (`arr_0`: what came back, and
-`originals`, uint8 (N, H, W, 3)) and `settings.json`.
+`originals`, uint8 (N, H, W, 3)) and `settings.json`. Of a model of label maps: images beside their maps, and the maps
+that it predicts, all in colours.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from experiments.load import load_data
 from lightning_modules.base import GenerativeModule, to_uint8
-from lightning_modules.callbacks.samples import side_by_side
+from lightning_modules.callbacks.samples import shown_of, side_by_side
 from lightning_modules.paths import shown
 from lightning_modules.pictures import enlarge, make_grid, save_png
 
@@ -41,11 +42,14 @@ def reconstruct(module: GenerativeModule, options: argparse.Namespace, data: Seq
     originals = module.originals(datamodule, options.num)
     images = torch.cat([to_uint8(module.reconstruct(part)) for part in originals.split(options.batch_size)]).cpu()
     settings = {"experiment": options.exp, "weights": source, "ema": options.ema or "first", "data": list(data)}
-    settings["psnr"] = decibels(originals.cpu(), images)
-    write_pairs(originals.cpu(), images, settings, options.out)
+    before, figure = shown_of(module, originals).cpu(), ""
+    if before.shape == images.shape:
+        settings["psnr"] = decibels(before, images)
+        figure = f", mean PSNR {settings['psnr']:.2f} dB"
+    write_pairs(before, images, settings, options.out)
     print(
-        f"{len(images)} images and their reconstructions, mean PSNR {settings['psnr']:.2f} dB, in "
-        f"{shown(options.out)}: grid.png, pairs, samples.npz, settings.json"
+        f"{len(images)} images and their reconstructions{figure}, in {shown(options.out)}: grid.png, pairs, "
+        f"samples.npz, settings.json"
     )
 
 

@@ -22,7 +22,7 @@ from layers.tokenizers.base import Tokenizer, Tokens
 from layers.tokenizers.base import to_uint8 as to_uint8
 from lightning_modules.cache_check import check_cache
 from lightning_modules.config import as_config, as_tokenizer, tokenizer_config
-from lightning_modules.optim import OptimConfig, adamw, learning_rate, param_groups
+from lightning_modules.optim import OptimConfig, learning_rate, make_optimizer, param_groups
 from lightning_modules.pretrained import Pretrained
 from lightning_modules.protocol import Protocol
 from lightning_modules.tokenizer_weights import load_tokenizer_weights, with_frozen, without_frozen
@@ -80,6 +80,14 @@ class GenerativeModule(Pretrained, L.LightningModule):
     def no_weight_decay(self, name: str, param: nn.Parameter) -> bool:
         """Parameters without weight decay besides 1-D ones and biases."""
         return False
+
+    def lr_multiplier(self, name: str, param: nn.Parameter) -> float:
+        """What a parameter's learning rate is multiplied by."""
+        return 1.0
+
+    def factored_shape(self, name: str, param: nn.Parameter) -> Sequence[int]:
+        """The shape in which Adafactor factors a parameter: the official one, where ours is stored in another."""
+        return param.shape
 
     def compiled_modules(self) -> list[nn.Module]:
         """What `compile: true` compiles: modules that training calls (`module(...)`)."""
@@ -209,7 +217,9 @@ class GenerativeModule(Pretrained, L.LightningModule):
         lr = config.peak_lr(trainer.datamodule.batch_size)
         total, steps_per_epoch = planned_steps(trainer)
         warmup = config.warmup(steps_per_epoch)
-        groups = param_groups(self.named_parameters(), config.weight_decay, no_weight_decay=self.no_weight_decay)
+        exceptions = {"no_weight_decay": self.no_weight_decay, "lr_multiplier": self.lr_multiplier}
+        groups = param_groups(self.named_parameters(), config.weight_decay, **exceptions)
+        shapes = {param: self.factored_shape(name, param) for name, param in self.named_parameters()}
 
         def factor(step: int) -> float:
             rate = learning_rate(
@@ -217,7 +227,7 @@ class GenerativeModule(Pretrained, L.LightningModule):
             )
             return rate / lr
 
-        optimizer = adamw(groups, config, lr)
+        optimizer = make_optimizer(groups, config, lr, shapes=shapes)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,12 +1,14 @@
-"""AdamW with two parameter groups and a warm-up schedule, as the recipes state them."""
+"""Optimisers, their parameter groups and the warm-up schedule, as the recipes state them."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from lightning_modules.adafactor import Adafactor
 
 
 @dataclass
@@ -15,9 +17,10 @@ class OptimConfig:
 
     lr: float | None = None  # learning rate
     blr: float | None = None  # learning rate per 256 images of the global batch
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)  # adafactor: the second is the largest that the decay comes to
+    eps: float = 1e-8  # of adamw
+    weight_decay: float = 0.0  # per step: times the learning rate, before the multipliers that single parameters have
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up, until the end of training
     min_lr: float = 0.0  # end of the cosine
     warmup_steps: int | None = None  # optimiser steps, linear from 0
@@ -60,14 +63,51 @@ def param_groups(
     weight_decay: float,
     *,
     no_weight_decay: Callable[[str, nn.Parameter], bool],
-) -> list[dict]:
-    """Two AdamW groups in the official order: without decay (1-D, biases, the method's exceptions), then with decay."""
-    free, decayed = [], []
+    lr_multiplier: Callable[[str, nn.Parameter], float] = lambda name, param: 1.0,
+) -> list[dict[str, Any]]:
+    """Groups in the official order: without decay (1-D, biases, the method's exceptions), then with decay.
+
+    Parameters whose multiplier of the learning rate is not 1 come first, two groups for each multiplier
+    ("lr_multiplier"). Raises ValueError for a multiplier that is not positive.
+    """
+    groups: dict[float, tuple[list, list]] = {1.0: ([], [])}
     for name, param in named_parameters:
         if param.requires_grad:
+            multiplier = lr_multiplier(name, param)
+            if multiplier <= 0:
+                raise ValueError(f"the learning rate's multiplier of {name} is {multiplier}: freeze it instead")
+            free, decayed = groups.setdefault(multiplier, ([], []))
             exempt = param.ndim == 1 or name.endswith(".bias") or no_weight_decay(name, param)
             (free if exempt else decayed).append(param)
-    return [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+    groups[1.0] = groups.pop(1.0)  # last: its learning rate is the one that is logged
+    return [
+        {"params": params, "weight_decay": decay} | ({"lr_multiplier": multiplier} if multiplier != 1 else {})
+        for multiplier, pair in groups.items()
+        for params, decay in zip(pair, (0.0, weight_decay), strict=True)
+    ]
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]],
+    config: OptimConfig,
+    lr: float,
+    *,
+    shapes: Mapping[nn.Parameter, Sequence[int]] | None = None,
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser over `param_groups`. `shapes`: see Adafactor, which alone minds them."""
+    groups = [scaled_group(group, lr) for group in groups]
+    if config.optimizer == "adafactor":
+        return Adafactor(groups, lr=lr, betas=config.betas, shapes=shapes)
+    return adamw(groups, config, lr)
+
+
+def scaled_group(group: dict[str, Any], lr: float) -> dict[str, Any]:
+    """A group with the rate that its multiplier means; the decay of a step stays what it is (big_vision `optax.py`)."""
+    rest = {name: value for name, value in group.items() if name != "lr_multiplier"}
+    multiplier = group.get("lr_multiplier", 1.0)
+    if multiplier == 1:
+        return rest
+    return rest | {"lr": lr * multiplier, "weight_decay": group["weight_decay"] / multiplier}
 
 
 def adamw(groups: list[dict], config: OptimConfig, lr: float) -> torch.optim.AdamW:

@@ -1,7 +1,7 @@
 """Sample grids while training, from the raw weights and from every EMA side by side.
 
 A module that draws nothing but gives images back (it has `originals` and `reconstruct`) shows validation images first,
-then what came back of them.
+then what came back of them. Where an original is more than an image, the module's `picture` makes one of it.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class SampleGrid(L.Callback):
         originals = None
         if hasattr(pl_module, "reconstruct"):
             originals = pl_module.originals(trainer.datamodule, self.num_images)
-        grids = [] if originals is None else [make_grid(originals, columns=self.columns)]
+        grids = [] if originals is None else [make_grid(shown_of(pl_module, originals), columns=self.columns)]
         for name in names:
             with ema.weights(pl_module, name) if ema else torch.no_grad(), trainer.precision_plugin.forward_context():
                 images = self._sample(pl_module) if originals is None else pl_module.reconstruct(originals)
@@ -73,6 +73,11 @@ class SampleGrid(L.Callback):
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)
         labels = labels_in_turn(list(self.labels or range(pl_module.num_classes)), self.num_images)
         return pl_module.sample(labels, generator=generator)
+
+
+def shown_of(module: GenerativeModule, originals: Tensor) -> Tensor:
+    """What is shown of a module's `originals`: uint8 (N, 3, H, W)."""
+    return module.picture(originals) if hasattr(module, "picture") else originals
 
 
 def side_by_side(grids: Sequence[Tensor], *, gap: int = 6) -> Tensor:

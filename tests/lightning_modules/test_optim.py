@@ -9,8 +9,9 @@ from torch import nn
 
 from datamodules.synthetic import SyntheticData
 from layers.tokenizers.pixels import PixelTokenizer
+from lightning_modules.adafactor import Adafactor
 from lightning_modules.jit import JiTConfig, JiTModule
-from lightning_modules.optim import OptimConfig, adamw, learning_rate, param_groups
+from lightning_modules.optim import OptimConfig, adamw, learning_rate, make_optimizer, param_groups
 
 
 @pytest.mark.parametrize("given", [{}, {"lr": 1e-3, "blr": 1e-4}])
@@ -141,3 +142,37 @@ def test_a_run_warms_up_in_optimiser_steps_to_the_rate_of_its_global_batch(
     )
     trainer.fit(module, datamodule=SyntheticData(image_size=4, batch_size=8, num_classes=10, length=32))
     assert rates.seen == pytest.approx(expected)
+
+
+def test_multiplied_rates_come_first_and_their_decay_stays_what_it_is():
+    """One step's decay is rate x weight_decay: the multiplier cancels, as in big_vision."""
+    params = named()
+    groups = param_groups(
+        params.items(),
+        0.02,
+        no_weight_decay=lambda name, p: False,
+        lr_multiplier=lambda name, p: 0.1 if name.startswith("a.") else 1.0,
+    )
+    optimizer = make_optimizer(groups, OptimConfig(lr=1.0), 1.0)
+    found = [(group["lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
+    assert found == [(0.1, 0.0, 1), (0.1, pytest.approx(0.2), 1), (1.0, 0.0, 1), (1.0, 0.02, 1)]
+
+
+def test_a_multiplier_of_zero_names_the_parameter():
+    with pytest.raises(ValueError, match=r"multiplier of gain is 0\.0: freeze it"):
+        param_groups(
+            named().items(),
+            0.0,
+            no_weight_decay=lambda n, p: False,
+            lr_multiplier=lambda n, p: 0.0 * (n == "gain") + (n != "gain"),
+        )
+
+
+@pytest.mark.parametrize(("name", "cls"), [("adamw", torch.optim.AdamW), ("adafactor", Adafactor)])
+def test_recipe_names_the_optimiser(name, cls):
+    config = OptimConfig(lr=0.1, optimizer=name, betas=(0.8, 0.9), weight_decay=0.3)
+    groups = param_groups(named().items(), config.weight_decay, no_weight_decay=lambda n, p: False)
+    optimizer = make_optimizer(groups, config, 0.1)
+    assert type(optimizer) is cls
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.3]
