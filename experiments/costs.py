@@ -182,9 +182,10 @@ def sampling_flops(module: GenerativeModule) -> int:
     parts += [(module.head, "sample")] if hasattr(module, "head") else []  # all of a token's steps
     for part, name in parts:
         setattr(part, name, counted_once(getattr(part, name)))
-    if hasattr(module.net, "step"):  # one token at a time, with a cache
-        module.net.step = counted_at_both_ends(module.net.step, module.net.seq_len - 2)
-        parts.append((module.net, "step"))
+    net = getattr(module, "net", None)
+    if hasattr(net, "step"):  # one token at a time, with a cache
+        net.step = counted_at_both_ends(net.step, module.tokenizer.seq_len - 2)
+        parts.append((net, "step"))
     batch = fake_batch(module, 1, "meta")
     image = module.packed(batch) if hasattr(module, "packed") else batch["image"]
     try:

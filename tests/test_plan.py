@@ -54,6 +54,14 @@ def test_sampling_without_the_interval_takes_198_forwards():
     assert flops / 1e12 == pytest.approx(10.0, abs=0.05)
 
 
+def test_a_causal_decode_is_counted_by_its_first_and_last_step():
+    module = on_meta(
+        "givt_digits", "--model.init_args.net.depth=1", "--model.init_args.tokenizer.init_args.patch_size=4"
+    )
+    plain = count_flops(lambda: module.sample([0]))
+    assert costs.sampling_flops(module) == plain > 0
+
+
 @pytest.mark.parametrize("overrides", [(), ("--model.init_args.sampling.method=euler",)])
 def test_counting_repeated_forwards_once_changes_nothing(overrides):
     module = on_meta("jit_digits", "--model.init_args.sampling.num_steps=4", *overrides)
