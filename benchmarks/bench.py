@@ -1,8 +1,9 @@
 """`make bench EXP=jit`: our training step and sampler against the plain, official-style path in the same run.
 
 Prints milliseconds, images/s, TFLOP/s, MFU (where the device's peak is known), peak memory and the ratios; writes JSON.
-Random data on the device, no loader; latents count as cached, and samples are tokens, not decoded. Both paths use the
-same weights, bf16 autocast on CUDA and float32 on the host, where a method may shrink its recipe (the title says how).
+Where the plain path offers parts, the same of these, with the memory that each needs. Random data on the device, no
+loader; latents count as cached, and samples are tokens, not decoded. Both paths use the same weights, bf16 autocast on
+CUDA and float32 on the host, where a method may shrink its recipe (the title says how).
 """
 
 import argparse
@@ -16,6 +17,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Measured, Sizes, measure
+from benchmarks.parts import show_parts, time_parts
 from experiments.errors import one_line_errors
 from experiments.load import instantiate, load_config
 from lightning_modules.base import GenerativeModule
@@ -45,7 +48,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--repeats", type=int, default=50 if cuda else 5)
     parser.add_argument("--sample_repeats", type=int, default=3 if cuda else 2)
     parser.add_argument("--warmup", type=int, default=20 if cuda else 1)
-    parser.add_argument("--only", choices=["train", "sample"], help="one of the two")
+    parser.add_argument("--only", choices=["train", "sample", "parts"], help="one of the three")
     parser.add_argument("--no-reference", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -198,7 +201,7 @@ def bench_sampling(options: argparse.Namespace, module: GenerativeModule, make_r
     rows = []
     timing = {"device": options.device, "repeats": options.sample_repeats, "warmup": 0}
     warm = module.sampling
-    if options.device == "cpu":  # elsewhere whatever is to be captured or compiled must be met before
+    if options.device == "cpu" and hasattr(warm, "num_steps"):  # elsewhere what is compiled must be met before
         warm = replace(warm, num_steps=min(WARMUP_STEPS, warm.num_steps))
     draws = {} if options.no_reference else {"plain": make_reference().sample}
     draws["ours"] = module.sample_tokens
@@ -214,6 +217,14 @@ def bench_sampling(options: argparse.Namespace, module: GenerativeModule, make_r
             for name, times in zip(names, measured, strict=True):
                 rows.append(row(f"sample, {name}", times, size, flops, options.device))
     return rows
+
+
+def bench_parts(options: argparse.Namespace, module: GenerativeModule, make_reference: Any) -> list[dict[str, Any]]:
+    """Rows for the parts that the plain path offers."""
+    module.eval()
+    parts = make_reference().parts(options.sample_batch[0])
+    with autocast(options.device):
+        return time_parts(parts, device=options.device, repeats=options.repeats)
 
 
 def sampling_flops(module: GenerativeModule) -> int:
@@ -276,10 +287,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
         changes = references.cpu_overrides(config["model"]["init_args"])
         config = load_config(options.exp, [*changes, *overrides])
     options.decays = config["ema"]["decays"]
-    rows: list[dict[str, Any]] = []
-    for kind, bench in (("train", bench_training), ("sample", bench_sampling)):
-        if options.only not in (None, kind):
-            continue
+    results: dict[str, list[dict[str, Any]]] = {}
+    for kind, bench in chosen_benches(options, references).items():
         torch.manual_seed(0)
         module = instantiate(config["model"], "model").to(options.device)
         excite(module)
@@ -287,13 +296,27 @@ def run(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
         described = describe(module, changes)
         compile_blocks = options.device == "cuda" and not options.no_compile
         make_reference = partial(references.Reference, module, compile_blocks=compile_blocks)
-        rows += bench(options, module, make_reference)
+        results[kind] = bench(options, module, make_reference)
         del make_reference
         del module
         torch._dynamo.reset()
         free(options.device)
+    rows = results.get("train", []) + results.get("sample", [])
     add_ratios(rows)
-    return {"experiment": options.exp, **environment(options), **described, "rows": rows}
+    result = {"experiment": options.exp, **environment(options), **described}
+    return result | {"rows": rows, "parts": results.get("parts", [])}
+
+
+def chosen_benches(options: argparse.Namespace, references: ModuleType) -> dict[str, Any]:
+    """What is timed, by its name. Raises ValueError where --only names what the method does not have."""
+    benches = {"train": bench_training, "sample": bench_sampling}
+    if hasattr(references.Reference, "parts") and not options.no_reference:
+        benches["parts"] = bench_parts
+    if options.only is None:
+        return benches
+    if options.only not in benches:
+        raise ValueError(f"--only {options.only}: nothing of that kind is compared here, use {' or '.join(benches)}")
+    return {options.only: benches[options.only]}
 
 
 def describe(module: GenerativeModule, changes: list[str]) -> dict[str, Any]:
@@ -315,6 +338,8 @@ def main() -> None:
         f"torch {result['torch']}, {result['precision']}; sampling {result['sampling']}"
     )
     show(title, result["rows"])
+    if result["parts"]:
+        show_parts(result["parts"])
     path = options.json or Path("runs/bench") / f"{options.exp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

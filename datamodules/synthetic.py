@@ -12,6 +12,7 @@ can be held against the entropy, which no model undercuts but by chance of the r
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypedDict
 
 import torch
@@ -168,7 +169,11 @@ class MixtureData(BatchData):
                 raise ValueError(f"{name}={value} must be at least 1")
         self.token_dim, self.num_modes, self.num_classes = token_dim, num_modes, num_classes
         self.length, self.val_length = length, val_length
-        self.process = MixtureProcess.drawn(num_modes, token_dim, num_classes, seed=hash64(seed) >> 1)
+
+    @cached_property
+    def process(self) -> MixtureProcess:
+        """Drawn when it is asked for: to build a data module computes nothing."""
+        return MixtureProcess.drawn(self.num_modes, self.token_dim, self.num_classes, seed=hash64(self.seed) >> 1)
 
     def make_datasets(self) -> tuple[RowDataset, RowDataset]:
         """Returns independent training and validation rows."""

@@ -11,6 +11,7 @@ from PIL import Image
 
 from benchmarks.claims import digits, jit_prediction, jit_toy, ledger
 from benchmarks.claims.ledger import Claim, Places
+from tests.test_claims_givt import TINY_MIXTURE, TINY_SAMPLING
 from tests.test_claims_mar import TINY_HEAD, TINY_LOSS
 
 TINY = {
@@ -40,6 +41,8 @@ TINY = {
     },
     "mar_loss": TINY_LOSS,
     "mar_head": TINY_HEAD,
+    "givt_mixture": TINY_MIXTURE,
+    "givt_sampling": TINY_SAMPLING,
 }
 
 

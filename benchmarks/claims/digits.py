@@ -1,30 +1,48 @@
-"""Small models on scikit-learn's digits, for claims: a training loop, and figures that need no trained network.
+"""Small models on scikit-learn's digits, for claims: a training loop, figures that need no trained network, and what is
+told of them.
 
 The digits are stored at 8 px; larger ones have every pixel repeated. In: a GenerativeModule. Out: uint8 samples
-(N, 3, S, S) and their Frechet distance, the verdict of `judge_digits`, and their noise; the verdict of a claim's rules.
+(N, 3, S, S) and their Frechet distance, the verdict of `judge_digits`, and their noise; table lines, pictures, and the
+verdict of a claim's rules. A cell of figures is that of a model and a seed, and has a group for each way of sampling.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from benchmarks.claims.ledger import Cell, Settings
+from benchmarks.claims.ledger import Cell, Settings, mean, spread
 from benchmarks.judge_digits import judge
 from datamodules.base import TensorRows
 from datamodules.digits import SIDE, DigitsData
 from layers.random import mix_seed
-from lightning_modules.base import GenerativeModule, to_uint8
+from lightning_modules.base import Batch, GenerativeModule, to_uint8
 from lightning_modules.callbacks.ema import EMA
 from lightning_modules.extractors import RandomConvolutions
 from lightning_modules.optim import learning_rate
+from lightning_modules.pictures import make_grid
 from lightning_modules.scores import frechet_distance
 
 CLASSES = 10
 LARGE = 32  # pixels at which distances are taken
+FIGURES = {
+    "fd_randconv": "`fd_randconv`",
+    "accuracy": "read as asked",
+    "variance_ratio": "variance, of real",
+}
+REAL = "real digits (validation)"  # a cell without a model: about the best that can be reached
+
+
+class Keyed(Protocol):
+    """What distinguishes a claim's models."""
+
+    def key(self, seed: int) -> str:
+        """Name of the cell."""
 
 
 @cache
@@ -34,13 +52,28 @@ def rows(image_size: int, split: str) -> TensorRows:
     return train if split == "train" else val
 
 
-def train(module: GenerativeModule, settings: Settings, seed: int, *, reseed: bool = False) -> EMA:
+def whole(image_size: int, split: str) -> Batch:
+    """A split as one batch."""
+    found = rows(image_size, split)
+    return {"image": found.images, "label": found.labels}
+
+
+def train(
+    module: GenerativeModule,
+    settings: Settings,
+    seed: int,
+    *,
+    reseed: bool = False,
+    data: Batch | None = None,
+    clip: float = math.inf,
+) -> EMA:
     """`steps` AdamW steps of `batch` rows with `lr`, `warmup` and a cosine to 0; the average of decay `ema`.
 
     Rows and noise depend on the seed alone, not on the model. reseed: each step's noise has a seed of its own, as in
-    training by recipe, for a module that takes more than noise from the seed.
+    training by recipe, for a module that takes more than noise from the seed. data: the rows, by default the training
+    digits. clip: largest norm of a step's gradient.
     """
-    digits = rows(module.tokenizer.image_size, "train")
+    data = whole(module.tokenizer.image_size, "train") if data is None else data
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings["lr"], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     average = EMA([settings["ema"]])
@@ -51,12 +84,14 @@ def train(module: GenerativeModule, settings: Settings, seed: int, *, reseed: bo
         optimizer.param_groups[0]["lr"] = learning_rate(
             step, peak=settings["lr"], warmup=settings["warmup"], total=settings["steps"], schedule="cosine"
         )
-        chosen = torch.randint(len(digits), (settings["batch"],), generator=order)
-        batch = {"image": digits.images[chosen], "label": digits.labels[chosen]}
+        chosen = torch.randint(len(data["label"]), (settings["batch"],), generator=order)
+        batch = {name: values[chosen] for name, values in data.items()}
         if reseed:
             generator.manual_seed(mix_seed(seed, step))
         optimizer.zero_grad()
         module.training_loss(batch, generator)["loss"].backward()
+        if clip < math.inf:
+            torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         average.update(module)
     return average
@@ -86,6 +121,12 @@ def measure(images: Tensor, labels: Tensor) -> Cell:
     }
 
 
+def measure_real() -> Cell:
+    """Figures of the validation digits."""
+    real = rows(SIDE, "val")
+    return measure(real.images, real.labels)
+
+
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (d,) and covariance (d, d) of fixed random convolutions' features, at 32 px whatever the size."""
     factor = LARGE // images.shape[-1]
@@ -105,6 +146,51 @@ def noise_level(images: Tensor) -> float:
     x, factor = images.float(), images.shape[-1] // SIDE
     nearest = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), SIDE)
     return (x - nearest.repeat_interleave(factor, -1).repeat_interleave(factor, -2)).square().mean().sqrt().item()
+
+
+# What is told of the figures
+
+
+def of_seeds(found: dict[str, Cell], settings: Settings, model: Keyed, way: str, name: str) -> list[float]:
+    return [found[model.key(seed)][way][name] for seed in settings["seeds"]]
+
+
+def figure(found: dict[str, Cell], settings: Settings, model: Keyed, way: str, name: str = "fd_randconv") -> float:
+    """Mean over seeds."""
+    return mean(of_seeds(found, settings, model, way, name))
+
+
+def table_line(
+    found: dict[str, Cell], settings: Settings, model: Keyed, way: str, names: Iterable[str] = FIGURES
+) -> list[str]:
+    """Each of `names`: mean over seeds and range."""
+    return [spread(of_seeds(found, settings, model, way, name)) for name in names]
+
+
+def series(values: Sequence[float], at: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3g} at {x:g}" for value, x in zip(values, at, strict=True))
+
+
+def draw_panels(panels: Sequence[Sequence[tuple[str, Any]]], path: Path) -> None:
+    """Rows of (title, ten uint8 images as lists or a tensor), each as two rows of five digits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = max(map(len, panels))
+    size = (1.7 * columns, 1.05 * len(panels))
+    sheet, axes = pyplot.subplots(len(panels), columns, figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, line in zip(axes, panels, strict=True):
+        for axis, (title, images) in zip(row, line, strict=False):  # a shorter line leaves the rest empty
+            grid = make_grid(torch.as_tensor(images, dtype=torch.uint8), columns=5, pad=1)
+            axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set_title(title, fontsize=6)
+    sheet.tight_layout(pad=0.4)
+    sheet.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(sheet)
 
 
 def rules_verdict(judged: Sequence[tuple[bool, str]]) -> str:

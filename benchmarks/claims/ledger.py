@@ -26,7 +26,8 @@ import torch
 
 from experiments.errors import one_line_errors
 
-CLAIMS = ("jit_toy", "jit_prediction", "mar_loss", "mar_head")  # modules of this folder, in the ledger's order
+# modules of this folder, in the ledger's order
+CLAIMS = ("jit_toy", "jit_prediction", "mar_loss", "mar_head", "givt_mixture", "givt_sampling")
 ROOT = Path(__file__).parents[2]
 HEADER = """# Claims
 

@@ -8,8 +8,9 @@ from itertools import pairwise, product
 from pathlib import Path
 
 from benchmarks.claims import digits, mar_models
+from benchmarks.claims.digits import FIGURES, REAL, figure, series
 from benchmarks.claims.ledger import Cell, Claim, Settings, command, markdown_table
-from benchmarks.claims.mar_models import BIDIRECTIONAL, FIGURES, MODEL, REAL, TOKENS, Model, figure
+from benchmarks.claims.mar_models import BIDIRECTIONAL, MODEL, TOKENS, Model
 from experiments.errors import one_line_errors
 
 SETTINGS = {
@@ -44,7 +45,7 @@ def cells(settings: Settings) -> list[str]:
 def compute(key: str, settings: Settings) -> Cell:
     """Train one model, sample it at its temperatures."""
     if key == REAL:
-        return mar_models.measure_real()
+        return digits.measure_real()
     width, seed = next(
         (w, seed) for w, seed in product(settings["head_widths"], settings["seeds"]) if model_of(w).key(seed) == key
     )
@@ -85,11 +86,11 @@ def rules(found: dict[str, Cell], settings: Settings) -> list[tuple[bool, str]]:
         ),
         (
             all(low < high for low, high in pairwise(variance)),
-            f"diversity grows with the temperature: variance {_series(variance, temperatures)} (wanted: always more)",
+            f"diversity grows with the temperature: variance {series(variance, temperatures)} (wanted: always more)",
         ),
         (
             read[0] > read[-1],
-            f"quality falls with it: read as asked {_series(read, temperatures)} (wanted: less at the end)",
+            f"quality falls with it: read as asked {series(read, temperatures)} (wanted: less at the end)",
         ),
         (
             cool < plain,
@@ -99,19 +100,15 @@ def rules(found: dict[str, Cell], settings: Settings) -> list[tuple[bool, str]]:
     ]
 
 
-def _series(values: list[float], at: list[float]) -> str:
-    return ", ".join(f"{value:.3g} at {t:g}" for value, t in zip(values, at, strict=True))
-
-
 def tables(found: dict[str, Cell], settings: Settings) -> str:
     """A line per width and per temperature, means over seeds with their range."""
     lines = [[REAL, *(f"{found[REAL][column]:.3g}" for column in FIGURES), ""]]
     for width in settings["head_widths"]:
         paper = PAPER_FID.get(width * PAPER_TRUNK // settings["width"], "")
-        figures = mar_models.table_line(found, settings, model_of(width), PLAIN)
+        figures = digits.table_line(found, settings, model_of(width), PLAIN)
         lines.append([f"head {width} wide, temperature 1", *figures, str(paper)])
     for t in settings["temperatures"]:
-        figures = mar_models.table_line(found, settings, model_of(settings["head_width"]), way(t))
+        figures = digits.table_line(found, settings, model_of(settings["head_width"]), way(t))
         lines.append([f"head {settings['head_width']} wide, {way(t)}", *figures, ""])
     return markdown_table(["model", *FIGURES.values(), "FID (paper)"], lines)
 
@@ -125,7 +122,7 @@ def draw(found: dict[str, Cell], settings: Settings, path: Path) -> None:
     chosen = settings["head_width"]
     widths = [(f"head {width} wide", points(width, PLAIN)) for width in settings["head_widths"]]
     temperatures = [(way(t), points(chosen, way(t))) for t in settings["temperatures"]]
-    mar_models.draw_panels([widths, temperatures], path)
+    digits.draw_panels([widths, temperatures], path)
 
 
 def setting(settings: Settings) -> str:

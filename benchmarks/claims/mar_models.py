@@ -5,16 +5,14 @@ k-means finds in the patches of the training digits, so a picture of codes has l
 A cell trains one model and holds one group of figures for each way in which it is sampled.
 """
 
-from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.claims import digits
-from benchmarks.claims.ledger import Cell, Settings, mean, spread
+from benchmarks.claims.ledger import Cell, Settings
 from datamodules.digits import SIDE
 from layers.networks.mar import MARConfig
 from layers.patch import patchify
@@ -23,7 +21,6 @@ from layers.tokenizers.base import Tokenizer, Tokens, from_uint8, to_uint8
 from layers.tokenizers.pixels import PixelTokenizer
 from lightning_modules.mar import HeadConfig, MARModule, MARObjective, MARSampling
 from lightning_modules.optim import OptimConfig
-from lightning_modules.pictures import make_grid
 
 PATCH = 2  # pixels
 TOKENS = (SIDE // PATCH) ** 2
@@ -50,12 +47,6 @@ TRUNKS = {  # the paper's variants, by what the trunk is given
     "random causal": {"attention": "causal", "order": "random"},
     BIDIRECTIONAL: {"attention": BIDIRECTIONAL, "order": "random"},
 }
-FIGURES = {
-    "fd_randconv": "`fd_randconv`",
-    "accuracy": "read as asked",
-    "variance_ratio": "variance, of real",
-}
-REAL = "real digits (validation)"  # a cell without a model: about the best that can be reached
 
 
 class GreyPixels(PixelTokenizer):
@@ -161,54 +152,12 @@ def compute(model: Model, settings: Settings, seed: int, samplings: dict[str, MA
     return {**cell, "points": points}
 
 
-def measure_real() -> Cell:
-    """Figures of the validation digits."""
-    rows = digits.rows(SIDE, "val")
-    return digits.measure(rows.images, rows.labels)
-
-
 def measure_coded(settings: Settings) -> Cell:
     """Figures of the validation digits after the codebook, and their RMS error in grey levels."""
     rows, tokenizer = digits.rows(SIDE, "val"), make_tokenizer("categorical", settings)
     images = to_uint8(tokenizer.decode(tokenizer({"image": rows.images}).x))
     error = (images.float() - rows.images).square().mean().sqrt().item()
     return {**digits.measure(images, rows.labels), "error": error}
-
-
-def of_seeds(found: dict[str, Cell], settings: Settings, model: Model, way: str, name: str) -> list[float]:
-    return [found[model.key(seed)][way][name] for seed in settings["seeds"]]
-
-
-def figure(found: dict[str, Cell], settings: Settings, model: Model, way: str, name: str = "fd_randconv") -> float:
-    """Mean over seeds."""
-    return mean(of_seeds(found, settings, model, way, name))
-
-
-def table_line(found: dict[str, Cell], settings: Settings, model: Model, way: str) -> list[str]:
-    """Each of FIGURES: mean over seeds and range."""
-    return [spread(of_seeds(found, settings, model, way, name)) for name in FIGURES]
-
-
-def draw_panels(panels: Sequence[Sequence[tuple[str, Any]]], path: Path) -> None:
-    """Rows of (title, ten uint8 images as lists or a tensor), each as two rows of five digits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = max(map(len, panels))
-    size = (1.7 * columns, 1.05 * len(panels))
-    figure, axes = pyplot.subplots(len(panels), columns, figsize=size, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, line in zip(axes, panels, strict=True):
-        for axis, (title, images) in zip(row, line, strict=False):  # a shorter line leaves the rest empty
-            grid = make_grid(torch.as_tensor(images, dtype=torch.uint8), columns=5, pad=1)
-            axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set_title(title, fontsize=6)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def setting(settings: Settings) -> str:
