@@ -113,6 +113,11 @@ class LatentData(BatchData):
         """Its class, as a recipe names it."""
         return self._meta("train")["tokenizer"]["class_path"]
 
+    @property
+    def tokenizer_arch(self) -> dict[str, Any] | None:
+        """Its architecture, where it has one."""
+        return self._meta("train")["tokenizer"].get("init_args", {}).get("arch")
+
     def prepare_data(self) -> None:
         """Compares all bytes with their sha256, if `verify`; Lightning calls this in one process per node."""
         if self.verify:

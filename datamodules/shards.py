@@ -371,8 +371,10 @@ def _packed(captions: Sequence[str]) -> dict[str, Tensor]:
 def _check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     for name, value in wanted.items():
         if there.get(name) != value:
-            cure = "use another folder, or delete this one to write it again"
-            raise ValueError(f"'{folder}' was made with {name}={there.get(name)!r}, but {value!r} is asked for: {cure}")
+            found, cure = there.get(name), "use another folder, or delete this one to write it again"
+            if isinstance(found, Mapping) and isinstance(value, Mapping):  # name what differs, not all there is
+                _check_same(found, value, folder)
+            raise ValueError(f"'{folder}' was made with {name}={found!r}, but {value!r} is asked for: {cure}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from lightning_modules.tokenizer_weights import load_tokenizer_weights
 from lightning_modules.weights import state_sha256
 
 TOKENIZER = "model.init_args.tokenizer"
+# constructor arguments of a tokenizer that do not change what it encodes
+NO_MATTER = {"weights", "frozen", "latent_scale", "latent_shift", "patch_size"}
 PROBED = 32  # rows that are read in two epochs, to see that nothing about them is random
 STORED = {"float16": torch.float16, "float32": torch.float32}
 
@@ -153,13 +155,20 @@ def describe(job: Job, key: dict[str, Any], first: Tensor, options: argparse.Nam
         **key,
         "num_classes": job.images.num_classes,
         "class_names": job.images.class_names,
-        "tokenizer": tokenizer_config(job.tokenizer) | {"sha256": state_sha256(job.tokenizer.state_dict())},
+        "tokenizer": identity(job.tokenizer) | {"sha256": state_sha256(job.tokenizer.state_dict())},
         "flip": first.shape[1] == 2,
         "encoded": str(first.dtype).removeprefix("torch."),
         "dtype": str(kept.dtype).removeprefix("torch."),
         "shape": list(kept.shape[1:]),
         "encode_batch": options.batch_size,  # the last bits of float arithmetic depend on it
     }
+
+
+def identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What of a tokenizer decides what it encodes: not where its file lies, nor how tokens are made of the latents."""
+    config = tokenizer_config(tokenizer)
+    kept = {name: value for name, value in config["init_args"].items() if name not in NO_MATTER}
+    return config | {"init_args": kept}
 
 
 def open_rows(images: BatchData, split: str) -> RowDataset:

@@ -3,10 +3,12 @@
 Writes `grid.png`, one PNG per image, `samples.npz` (`arr_0` uint8 (N, H, W, 3), `labels` int64) and `settings.json`.
 Image i depends on (seed, i) only, not on the batch that it was drawn in. Of an autoencoder, which draws nothing, what
 comes back of validation images is written (experiments/reconstruct.py). With `--image in.png --mask mask.png` the white
-part of the mask is drawn anew, as often as `--num` says. `make sample` calls this.
+part of the mask is drawn anew, as often as `--num` says. Models of captions draw `--text "red apple|green apple"`, in
+turn: labels are then numbers of texts. `make sample` calls this.
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 from torch import Tensor
 
@@ -44,6 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser = argparse.ArgumentParser(prog="sample", description=__doc__, allow_abbrev=False)
     add_source(parser)
     parser.add_argument("--labels", help="classes, in turn: 0,1,2 (default: all)")
+    parser.add_argument("--text", help="of a model of captions: what to draw, several in turn: 'red apple|dog face'")
     parser.add_argument("--num", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -51,7 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--image", help="an image to edit, of the model's size")
     parser.add_argument("--mask", help="what of it to draw anew: white in an image of the same size")
-    parser.add_argument("--compile", action="store_true", help="CUDA graphs: pays from some hundred images")
+    parser.add_argument("--compile", action="store_true", help="CUDA graphs, which take a while: for many images")
     return parser.parse_known_args(argv)
 
 
@@ -63,6 +67,21 @@ def model_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"'{text}' changes nothing here: give --model.init_args.<key>=<value>")
         config = merge(config, parse_override(text)["model"])
     return config
+
+
+def text_overrides(options: argparse.Namespace) -> list[str]:
+    """The texts of the line as an override, if there are any. Raises ValueError for a method that knows none."""
+    if options.text is None:
+        return []
+    cls = find_class(load_config(options.exp)["model"]["class_path"], "model")
+    if not hasattr(cls, "encode_text"):
+        raise ValueError(f"TEXT is '{options.text}', but {cls.__name__} draws classes: give LABELS=")
+    return [f"--model.init_args.sampling.prompts={json.dumps(split_texts(options.text))}"]
+
+
+def split_texts(text: str) -> list[str]:
+    """ "red apple|dog face" -> both, without blanks around them."""
+    return [part.strip() for part in text.split("|")]
 
 
 def load(options: argparse.Namespace, overrides: Sequence[str]) -> tuple[GenerativeModule, str]:
@@ -107,6 +126,15 @@ class Edit(NamedTuple):
     mask: Tensor
 
 
+def check_opaque(path: str) -> None:
+    """Raise ValueError for a mask with transparency: laid on white, as pictures are, all of it would be drawn anew."""
+    if not Path(path).is_file():
+        return  # `decode` says so
+    with contextlib.suppress(UnidentifiedImageError), Image.open(path) as mask:
+        if "A" in mask.getbands() or "transparency" in mask.info:
+            raise ValueError(f"'{path}' has transparency: give a mask of black (keep) and white (draw anew) (MASK=)")
+
+
 def read_edit(options: argparse.Namespace) -> Edit | None:
     """The image and mask of the line, None without. Raises ValueError for all that is wrong without knowing a model's
     weights: one without the other, a method that cannot edit, no image, unlike sizes, nothing to draw."""
@@ -118,6 +146,7 @@ def read_edit(options: argparse.Namespace) -> Edit | None:
     cls = find_class(load_config(options.exp)["model"]["class_path"], "model")
     if not hasattr(cls, "edit"):
         raise ValueError(f"{cls.__name__} cannot edit (MASK=): it has no tokens that could stay; MAR's recipes can")
+    check_opaque(options.mask)
     image, mask = (np.array(decode(path, f"'{path}'")) for path in (options.image, options.mask))
     if image.shape != mask.shape:
         sizes = [f"'{path}' is {a.shape[1]}x{a.shape[0]}" for path, a in ((options.image, image), (options.mask, mask))]
@@ -173,12 +202,14 @@ def main() -> None:
     if options.batch_size < 1:
         raise ValueError(f"--batch_size is {options.batch_size}: give the images to draw at once")
     if hasattr(find_class(load_config(options.exp)["model"]["class_path"], "model"), "reconstruct"):
+        if options.image or options.mask:
+            raise ValueError(f"{options.exp} gives images back and edits none: leave out IMAGE= and MASK=")
         data = [text for text in overrides if text.startswith("--data.")]
         module, source = load(options, [text for text in overrides if text not in data])
         reconstruct(module, options, data, source)
         return
     edit = read_edit(options)
-    module, source = load(options, overrides)
+    module, source = load(options, [*overrides, *text_overrides(options)])
     labels = parse_labels(options.labels, module.num_classes, options.num)
     if options.compile and options.device == "cpu":
         raise ValueError("--compile makes CUDA graphs, and the device is the cpu: leave it out")

@@ -259,7 +259,7 @@ class GenerativeModule(Pretrained, L.LightningModule):
     def prepare_sampling(self, *, compile: bool = False) -> None:
         """Make this module a fast bf16 sampler, for good: linear weights are cast once. Call `sample` under autocast.
 
-        `compile` captures each evaluation as a CUDA graph: it pays from some hundred images on.
+        `compile` captures each evaluation as a CUDA graph, which takes a while: it is for many images.
         """
         for module in self.compiled_modules():
             cast_linear_(module, torch.bfloat16)

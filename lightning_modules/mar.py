@@ -15,14 +15,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule
+from layers.checks import check_positive
 from layers.cuda_graphs import Graphed
 from layers.gather import put, take
 from layers.guidance import for_branches
-from layers.heads.base import Head, OneShotHead
-from layers.heads.categorical import CategoricalHead
-from layers.heads.diffusion import DiffusionHead
-from layers.heads.flow import FlowHead
-from layers.heads.regression import RegressionHead
+from layers.heads.base import OneShotHead
+from layers.heads.choice import HeadConfig, make_head
 from layers.networks.mar import MAR, MARConfig
 from layers.patch import channel_major_to_ours, ours_to_channel_major
 from layers.precision import compute_dtype
@@ -34,17 +32,6 @@ from lightning_modules.config import as_config
 from lightning_modules.editing import Editable, partition
 from lightning_modules.optim import OptimConfig
 from lightning_modules.protocol import Protocol
-
-
-@dataclass
-class HeadConfig:
-    """What stands for p(token | z). Paper section 3; Tables 1 and 3, appendix D.3."""
-
-    kind: Literal["diffusion", "flow", "categorical", "regression"] = "diffusion"
-    width: int = 1024
-    depth: int = 6
-    repeat: int = 4  # draws of time and noise per token and step (diffusion_batch_mul); others have no such draws
-    clip_denoised: float | None = None  # diffusion: tokens lie within +-this (1 for pixels), so clamp their prediction
 
 
 @dataclass
@@ -76,32 +63,13 @@ class MARSampling:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("num_iter", "num_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name} is {getattr(self, name)}: sampling needs at least one")
+        check_positive("sampling", self, "num_iter", "num_steps", "num_steps_last", "temperature")
 
 
 # torch.compile keeps 8 graphs of a function, then runs it eagerly; training and validation need one each per count
 MAX_STATIC_COUNTS = 4
 
 Noise = Callable[[int, int, int], Tensor]  # (draws, tokens per image, D) -> standard normal (draws, B tokens, D)
-
-
-def make_head(config: HeadConfig, width: int, *, token_dim: int, vocab_size: int | None) -> Head:
-    """The head of a recipe. Raises ValueError where tokens are ids and the head is continuous, or the reverse."""
-    if (config.kind == "categorical") != bool(vocab_size):
-        kinds = "ids: use head.kind=categorical" if vocab_size else "continuous: use diffusion, flow or regression"
-        raise ValueError(f"head.kind is {config.kind}, but the tokenizer's tokens are {kinds}")
-    if config.clip_denoised is not None and config.kind != "diffusion":
-        raise ValueError(f"head.clip_denoised is {config.clip_denoised}, but only the diffusion head clips: remove it")
-    if config.kind == "categorical":
-        return CategoricalHead(vocab_size, width)
-    if config.kind == "regression":
-        return RegressionHead(token_dim, width)
-    sizes = {"width": config.width, "depth": config.depth}
-    if config.kind == "flow":
-        return FlowHead(token_dim, width, **sizes)
-    return DiffusionHead(token_dim, width, **sizes, clip_denoised=config.clip_denoised)
 
 
 class MARModule(Editable, GenerativeModule):
@@ -162,6 +130,14 @@ class MARModule(Editable, GenerativeModule):
             init_classes=init_classes,
             compile=compile,
         )
+
+    def setup(self, stage: str) -> None:
+        """Sampler settings that cannot work are an error before the first step, not at the first grid of samples."""
+        super().setup(stage)
+        if not self.causal:
+            mask_lengths(self.net.seq_len, self.sampling.num_iter)
+        for steps in (self.sampling.num_steps, self.sampling.num_steps_last or self.sampling.num_steps):
+            self.head.noise_shape(steps, self.sampling.solver or self.head.SOLVERS[0])
 
     def no_weight_decay(self, name: str, param: nn.Parameter) -> bool:
         """The head has no decay; tables and class vectors have. Official `misc.py`."""

@@ -13,21 +13,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+
+class Nothing:
+    """Stands for a class that a file names and nobody needs."""
+
+
+LIGHTNING_1 = [
+    (Nothing, f"pytorch_lightning.callbacks.{name}") for name in ("model_checkpoint.ModelCheckpoint", "ModelCheckpoint")
+]
+# what torch.load raises for files that are none, or are cut short
+DAMAGED = (UnpicklingError, RuntimeError, EOFError, OSError, LookupError, AttributeError, TypeError, ValueError)
+
 EMA_STATE = "EMA"  # key of the EMA callback's state in a checkpoint
 
 
 def read_torch(path: str | Path) -> dict[str, Any]:
     """A torch file as tensors and plain values, memory-mapped.
 
-    argparse.Namespace, which official trainers store beside the weights, is the one class allowed.
+    argparse.Namespace, which official trainers store beside the weights, is the one class allowed; of Lightning 1.x,
+    which names its checkpoint callback's class in every file (LDM's are such), that name is read as an empty one.
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
     """
     path = existing(path)
     mapped = zipfile.is_zipfile(path)  # files in torch's format of before 2020 can only be read whole
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *LIGHTNING_1]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except DAMAGED as error:
         if "allowed global" in str(error):
             raise ValueError(f"{path} holds more than tensors and plain values, so it is not loaded") from error
         raise ValueError(f"{path} is not a readable torch checkpoint (damaged or cut short?)") from error
@@ -73,7 +85,7 @@ def read_own(path: str | Path, key: str | None) -> dict[str, Tensor] | None:
     """Weights of one of our checkpoints ("ema" by default, see `checkpoint_weights`); None for any other file."""
     path = existing(path)
     content = {} if path.suffix == ".safetensors" else read_torch(path)
-    return checkpoint_weights(content, key or "ema") if "state_dict" in content else None
+    return checkpoint_weights(content, key or "ema") if isinstance(content.get("state_dict"), Mapping) else None
 
 
 def read_checkpoint(path: str | Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -44,6 +44,9 @@ TRAIN_MISTAKES = [
     ([*FIT, "--trainer.precision=bf16-true"], ["--trainer.precision=bf16-true", "bf16-mixed"]),
     ([*FIT, "--trainer.devices=0"], ["devices='0'"]),
     ([*FIT, "--model.init_args.sampling.num_steps=0"], ["num_steps is 0"]),
+    (["fit", "--exp", "mar_digits", "--model.init_args.sampling.num_iter=64"], ["num_iter is 64", "16 tokens"]),
+    (["fit", "--exp", "mar_digits", "--model.init_args.sampling.solver=euler"], ["solver is 'euler'", "ddpm"]),
+    (["fit", "--exp", "mar_digits", "--model.init_args.head.width=0"], ["head.width is 0", "positive"]),
     ([*FIT, "--model.init_args.objective.t_eps=0"], ["t_eps is 0"]),
     (["test", "--exp", "jit_digits"], ["test", "fit", "validate"]),
     ([*FIT, *FOLDER], ["damaged/bad.png", "no readable image"]),
@@ -70,6 +73,8 @@ SAMPLE_MISTAKES = [
     (["--exp", "jit_digits", "--ckpt", "trained.ckpt", *EDIT], ["JiTModule cannot edit", "MASK="]),
     (["--exp", "mar_digits", "--ckpt", "last", *EDIT, "--mask", "small.png"], ["differ in size", "16x16", "8x8"]),
     (["--exp", "mar_digits", "--ckpt", "last", *EDIT, "--mask", "black.png"], ["'black.png'", "nothing white"]),
+    (["--exp", "mar_digits", "--ckpt", "last", *EDIT, "--mask", "clear.png"], ["'clear.png'", "transparency", "MASK="]),
+    (["--exp", "vae_digits", "--ckpt", "last", *EDIT], ["vae_digits", "edits none"]),
     (["--exp", "mar_digits", "--ckpt", "last", *EDIT, "--image", "other.pth"], ["'other.pth'", "no readable image"]),
     (["--exp", "mar_digits", "--ckpt", "last", *EDIT, "--mask", "nowhere.png"], ["'nowhere.png'", "no readable image"]),
     (["--exp", "mar_digits", "--ckpt", "last", *EDIT], ["no checkpoint in 'runs/mar_digits'"]),
@@ -101,6 +106,7 @@ def folder(tmp_path_factory):
         Path("damaged/bad.png").write_bytes(b"no picture")
         for name, colour, side in (("image", 90, 16), ("mask", 255, 16), ("black", 0, 16), ("small", 255, 8)):
             Image.new("L", (side, side), colour).save(f"{name}.png")
+        Image.new("LA", (16, 16), (255, 0)).save("clear.png")
         Path("torn.pth").write_bytes(Path("other.pth").read_bytes()[:300])
         for leftover in sorted(Path("runs").rglob("*"), reverse=True):
             leftover.rmdir() if leftover.is_dir() else leftover.unlink()

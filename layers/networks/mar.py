@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layers.blocks import ViTBlock
+from layers.checks import check_positive
 from layers.embed import SplitLabelEmbedder
 from layers.gather import put, take
 from layers.kv_cache import KVCache
@@ -35,9 +36,10 @@ class MARConfig:
     norm_eps: float = 1e-6
     attention: Literal["bidirectional", "causal"] = "bidirectional"  # causal: one token at a time, with a KV cache
     order: Literal["random", "raster"] = "random"
-    grad_checkpointing: bool = False  # recompute blocks in the backward pass
+    grad_checkpointing: bool = False  # recompute the trunk's blocks in the backward pass; the head's are kept
 
     def __post_init__(self) -> None:
+        check_positive("net", self, "width", "depth", "num_heads", "decoder_width", "decoder_depth", "decoder_heads")
         if self.buffer_size < 1:
             raise ValueError(f"net.buffer_size is {self.buffer_size}: the class enters through it, use at least 1")
 

@@ -142,8 +142,8 @@ class LatentTokenizer(ConvTokenizer):
     def _scale(self) -> float:
         if self.latent_scale is None:
             raise ValueError(
-                f"this tokenizer has no latent_scale: measure it with layers.tokenizers.conv.latent_statistics over "
-                f"the training set and set {KEYS}.latent_scale to 1 / std"
+                f"this tokenizer has no latent_scale: make latents EXP=<the recipe that trained it> CKPT=last measures "
+                f"and prints it; set {KEYS}.latent_scale to that number"
             )
         return self.latent_scale
 

@@ -25,6 +25,7 @@ def cached(tokenizer, **changed):
         "root": "latents",
         "image_size": tokenizer.image_size,
         "tokenizer_class": tokenizer_config(tokenizer)["class_path"],
+        "tokenizer_arch": tokenizer_config(tokenizer)["init_args"].get("arch"),
         "tokenizer_checksum": state_sha256(tokenizer.state_dict()),
     }
     return SimpleNamespace(**facts | changed)
@@ -47,6 +48,8 @@ def test_another_tokenizer_is_refused():
         check_cache(SimpleNamespace(tokenizer=tokenizer), data)
     with pytest.raises(ValueError, match=r"with class .*Learned, the model's has layers.tokenizers.pixels"):
         check_cache(SimpleNamespace(tokenizer=PixelTokenizer(8, 4)), data)
+    with pytest.raises(ValueError, match=r"with arch \{'norm_groups': 4\}, the model's has None"):
+        check_cache(SimpleNamespace(tokenizer=Learned()), cached(Learned(), tokenizer_arch={"norm_groups": 4}))
     with pytest.raises(ValueError, match=r"with image_size 8, the model's has 16"):
         check_cache(SimpleNamespace(tokenizer=Learned(16)), data)
 

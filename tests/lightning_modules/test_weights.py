@@ -3,6 +3,8 @@
 import argparse
 import os
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -149,3 +151,24 @@ def test_without_averages_raw_weights_are_taken(weights):
 def test_a_decay_that_was_not_kept_is_an_error_listing_those_that_were(ema, message):
     with pytest.raises(ValueError, match=message):
         checkpoint_weights(checkpoint(ema=ema), "0.99")
+
+
+def test_a_file_of_lightning_1_that_names_its_callback_loads(tmp_path, monkeypatch):
+    """LDM's checkpoints have the callback's class as a key; no such package is needed, nor trusted."""
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    content = {"state_dict": state(1.0), "callbacks": {module.ModelCheckpoint: {"best": torch.zeros(1)}}}
+    torch.save(content, tmp_path / "ldm.ckpt")
+    monkeypatch.undo()
+    read = read_torch(tmp_path / "ldm.ckpt")
+    assert read["state_dict"].keys() == content["state_dict"].keys()
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\x80\x02}", b"", b"version https://git-lfs", bytes(range(256))])
+def test_files_that_are_no_checkpoint_are_one_error(tmp_path, content):
+    path = tmp_path / "file.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a readable torch checkpoint"):
+        read_torch(path)
