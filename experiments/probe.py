@@ -1,8 +1,8 @@
 """Linear probing: `python -m experiments.probe --exp givt_digits --ckpt last`.
 
 How well a linear classifier reads the class off each of a model's representations (Chen et al., ICML 2020; GIVT, arXiv
-2312.02116): features of the training split, standardised, logistic regression, accuracy on the validation split. A
-model that was trained without labels (`--model.init_args.objective.label_drop_prob=1`) has never seen what is asked.
+2312.02116): features of the training split, standardised, logistic regression, accuracy on the validation split. The
+labels are dropped; a model trained without any (`--model.init_args.objective.label_drop_prob=1`) is the paper's case.
 Overrides: --data.* and --model.*. `make probe` calls this.
 """
 
@@ -85,7 +85,8 @@ def main() -> None:
         read(module, batches(datamodule, split, limit, options.device), seed=options.seed)
         for split, limit in (("train", options.num), ("val", datamodule.split_length("val")))
     )
-    table = Table(title=f"linear probes of {source}: {len(labels)} training rows, {len(val_labels)} of validation")
+    print(f"linear probes of {source}: {len(labels)} training rows, {len(val_labels)} of validation")
+    table = Table()
     table.add_column("representation")
     table.add_column("accuracy", justify="right")
     for name in train:

@@ -246,14 +246,14 @@ class GIVTModule(Editable, GenerativeModule):
         return self.head.usage(h.detach().flatten(0, 1))
 
     def representations(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
-        """Causal: features (B, E) by name, for probes; of an unconditional model without the label.
+        """Causal: features (B, E) by name, for probes, of images without their labels.
 
-        Raises ValueError for a bidirectional model, which has none that are its own.
+        Raises ValueError for a model that is bidirectional, or that was never without labels.
         """
-        if not self.causal:
-            raise ValueError("representations are of causal models: use a recipe with net.attention=causal")
+        if not self.causal or self.net.null_label is None:
+            raise ValueError("representations are of causal models that know 'no label' (objective.label_drop_prob)")
         x = self.tokens(batch, generator).x
-        labels = self.dropped(batch["label"], x.new_ones(len(x)))
+        labels = torch.full((len(x),), self.net.null_label, device=x.device)
         return self.net.representations(self.adapter(x)[0] if self.adapter else x, labels)
 
     # Sampling
