@@ -368,13 +368,13 @@ def _packed(captions: Sequence[str]) -> dict[str, Tensor]:
     return {"caption": torch.from_numpy(joined), "caption_end": torch.tensor([len(text) for text in encoded]).cumsum(0)}
 
 
-def _check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+def _check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path, *, inside: str = "") -> None:
     for name, value in wanted.items():
-        if there.get(name) != value:
-            found, cure = there.get(name), "use another folder, or delete this one to write it again"
-            if isinstance(found, Mapping) and isinstance(value, Mapping):  # name what differs, not all there is
-                _check_same(found, value, folder)
-            raise ValueError(f"'{folder}' was made with {name}={found!r}, but {value!r} is asked for: {cure}")
+        found, cure = there.get(name), "use another folder, or delete this one to write it again"
+        if isinstance(found, Mapping) and isinstance(value, Mapping):  # name what differs, not all there is
+            _check_same(found, value, folder, inside=f"{inside}{name}.")
+        if found != value:
+            raise ValueError(f"'{folder}' was made with {inside}{name}={found!r}, but {value!r} is asked for: {cure}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

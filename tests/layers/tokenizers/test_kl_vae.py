@@ -120,7 +120,7 @@ def test_scale_is_measured_and_never_assumed():
     tokenizer = build(latent_scale=None)
     raw = tokenizer.encode_image(pictures())
     for use in (lambda: tokenizer.encode_raw(raw), lambda: tokenizer.decode(torch.zeros(1, 64, 4))):
-        with pytest.raises(ValueError, match=r"no latent_scale: measure it .*latent_statistics"):
+        with pytest.raises(ValueError, match=r"no latent_scale: make latents EXP=.* measures and prints it"):
             use()
     measured = latent_statistics(tokenizer, [{"image": pictures()}])
     assert measured.count == 2 * 4 * 64 and math.isfinite(measured.mean) and measured.std > 0
