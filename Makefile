@@ -19,6 +19,7 @@ STATS ?=
 EXTRACTOR ?=
 IMAGES ?=
 IMAGE ?=
+TEXT ?=
 MASK ?=
 SAVE ?=
 DEVICES ?=
@@ -45,7 +46,7 @@ need_exp = $(if $(strip $(EXP)),,$(error EXP is missing: for example make $@ EXP
 weights = --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA))
 scoring = $(call opt,num,$(NUM)) $(call opt,stats,$(STATS)) $(call opt,extractor,$(EXTRACTOR)) $(call opt,devices,$(DEVICES)) $(call opt,out,$(OUT)) --seed "$(SEED)"
 
-.PHONY: help setup train sample export eval sweep stats cache latents probe plan claims smoke test test-slow test-gpu lint bench tensorboard
+.PHONY: help setup train sample caption export eval sweep stats cache latents probe plan claims smoke test test-slow test-gpu lint bench tensorboard
 
 help:  ## this text
 	@echo "softtokens: image generation without a vector-quantised bottleneck"
@@ -73,8 +74,11 @@ setup: $(READY)  ## make .venv with the tested versions (every other target does
 train: $(READY)  ## train EXP, e.g. make train EXP=jit_digits; CKPT= resumes, OFFICIAL= fine-tunes
 	$(need_exp)@$(PY) -m experiments.main fit --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(ARGS)
 
-sample: $(READY)  ## draw NUM images of EXP from CKPT or OFFICIAL into OUT: LABELS=0,1,2 NUM=64 SEED=0 OUT=out/; IMAGE=in.png MASK=mask.png draws the mask's white part anew
-	$(need_exp)@$(PY) -m experiments.sample --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA)) $(call opt,labels,$(LABELS)) $(call opt,image,$(IMAGE)) $(call opt,mask,$(MASK)) --num "$(or $(strip $(NUM)),64)" --seed "$(SEED)" --out "$(or $(strip $(OUT)),out/)" $(ARGS)
+sample: $(READY)  ## draw NUM images of EXP from CKPT or OFFICIAL into OUT: LABELS=0,1,2 or TEXT="red apple" NUM=64 SEED=0 OUT=out/; IMAGE=in.png MASK=mask.png draws the mask's white part anew
+	$(need_exp)@$(PY) -m experiments.sample --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA)) $(call opt,labels,$(LABELS)) $(call opt,text,$(TEXT)) $(call opt,image,$(IMAGE)) $(call opt,mask,$(MASK)) --num "$(or $(strip $(NUM)),64)" --seed "$(SEED)" --out "$(or $(strip $(OUT)),out/)" $(ARGS)
+
+caption: $(READY)  ## what EXP's CKPT says of a picture: IMAGE=apple.png
+	$(need_exp)@$(PY) -m experiments.caption $(weights) --image "$(strip $(IMAGE))" $(call opt,text,$(TEXT)) $(ARGS)
 
 export: $(READY)  ## write EXP's CKPT in the official layout (OUT=x.pth, all weights) or as safetensors (OUT=x.safetensors, EMA=)
 	$(need_exp)@$(PY) -m experiments.export --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,ema,$(EMA)) --out "$(or $(strip $(OUT)),out/)" $(ARGS)
