@@ -79,6 +79,11 @@ class JetFormerObjective:
                 f"{self.rgb_noise_min}: noise must not be negative, and must not grow"
             )
 
+    @property
+    def learns_text(self) -> bool:
+        """Whether any text counts in the loss; else what the model says of texts means nothing."""
+        return self.loss_on_prefix or self.text_first_prob < 1
+
 
 @dataclass
 class JetFormerSampling:
@@ -231,7 +236,7 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
     def training_loss(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         """Bits per dimension of images that follow their text, weighted nats per word of texts that follow their image.
 
-        Beside it "bpd" and "text_nats", means over all images in the order that was drawn. In evaluation, instead, of
+        Beside it "bpd" and, if learnt, "text_nats", means over all images in the order that was drawn. In evaluation, instead, of
         every image after its text and of every text after its image, where the model learns both.
         """
         batch = self.with_text(batch)
@@ -249,7 +254,9 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
             nats = torch.where(first, nats, self.image_nats(other.image, latents))
             text = torch.where(first, self.text_nats(other.text, batch).per_word(), text)
         figures = likelihood_terms(nats, tokens, batch)
-        return {"loss": loss, **figures, "text_nats": text.mean(), **self._statistics(h.image)}
+        if self.objective.learns_text:
+            figures["text_nats"] = text.mean()
+        return {"loss": loss, **figures, **self._statistics(h.image)}
 
     def tokens_of(self, levels: Tensor, draws: Draws) -> Tokens:
         """Levels (B, C, H, W) -> tokens, in training of noisy levels: whole numbers, not clipped."""

@@ -222,6 +222,12 @@ def test_validation_scores_every_image_behind_its_text_and_every_text_behind_its
     torch.testing.assert_close(found["loss"], torch.where(draws.text_first, bits, 0.1 * nats).mean())
 
 
+@pytest.mark.parametrize("captions", [False, True])
+def test_the_likelihood_of_texts_is_logged_by_models_that_learn_it(captions):
+    batch = {"image": images(2), "label": torch.zeros(2, dtype=torch.int64), "caption": ["a", "b"]}
+    assert ("text_nats" in module(captions=captions).training_loss(batch)) == captions
+
+
 def test_image_first_examples_do_not_train_the_flow():
     built = module(captions=True).train()
     shown = images(3)
