@@ -36,11 +36,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
 
 
 def batches(datamodule: Any, split: str, limit: int, device: str) -> Iterator[dict[str, Any]]:
-    """Batches of a split on the device, until `limit` rows have come."""
+    """Batches of a split on the device, the first `limit` rows of it."""
     count = 0
     for batch in datamodule.ordered_loader(split):
         if count >= limit:
             return
+        batch = {name: value[: limit - count] for name, value in batch.items()}
         count += len(batch["label"])
         yield {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 

@@ -14,10 +14,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule
+from layers.checks import check_positive
 from layers.flows.adapter import AdapterConfig, FlowAdapter, adapter_rules
 from layers.gather import take
 from layers.guidance import for_branches
-from layers.heads.gmm import GMMHead
+from layers.heads.gmm import GMMHead, HeadConfig
 from layers.networks.givt import GIVT, GIVTCache, GIVTConfig, trunk_rules, unrolled
 from layers.precision import cast_linear_, compute_dtype
 from layers.random import Generators, randn
@@ -32,7 +33,7 @@ from layers.samplers.maskgit import (
     random_masks,
 )
 from layers.tokenizers.base import Tokenizer, Tokens
-from lightning_modules.base import Batch, GenerativeModule
+from lightning_modules.base import Batch, GenerativeModule, sum_over_ranks
 from lightning_modules.config import as_config
 from lightning_modules.editing import Editable
 from lightning_modules.likelihood import likelihood_terms
@@ -41,18 +42,6 @@ from lightning_modules.protocol import Protocol
 
 # from this probability on every label is dropped, in training and in sampling. Official `decode`
 ALWAYS_DROPPED = 0.999
-
-
-@dataclass
-class HeadConfig:
-    """The mixture of a token. Official `get_pdf`; paper section 3.2."""
-
-    num_mixtures: int = 16
-    kind: Literal["diagonal", "per_channel", "full"] = "diagonal"
-    scale: Literal["squareplus", "softplus", "squareplus_unfixed"] = "squareplus"
-    scale_min: float = 1e-6
-    # zero: the official one, with which equal components get equal gradients and may never part; spread: apart at once
-    init: Literal["spread", "zero"] = "spread"
 
 
 @dataclass
@@ -88,9 +77,9 @@ class GIVTSampling:
     anneal: bool = True  # it falls to 0
 
     def __post_init__(self) -> None:
-        for name in ("num_beams", "num_fans", "num_iter"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name} is {getattr(self, name)}: sampling needs at least one")
+        check_positive("sampling", self, "temperature", "clip_sigmas", "num_beams", "num_fans", "num_iter")
+        if self.choice_temperature < 0:
+            raise ValueError(f"sampling.choice_temperature is {self.choice_temperature}: use 0 for no noise, or more")
         if self.beams and self.cfg_scale != 1:
             raise ValueError(
                 f"sampling.cfg_scale is {self.cfg_scale} with num_beams {self.num_beams} and num_fans {self.num_fans}: "
@@ -133,16 +122,8 @@ class GIVTModule(Editable, GenerativeModule):
         compile: bool = False,
     ) -> None:
         sampling = as_config(GIVTSampling, sampling)
-        super().__init__(
-            tokenizer,
-            num_classes,
-            optim,
-            sampling,
-            init_from=init_from,
-            init_key=init_key,
-            init_classes=init_classes,
-            compile=compile,
-        )
+        loading = {"init_from": init_from, "init_key": init_key, "init_classes": init_classes}
+        super().__init__(tokenizer, num_classes, optim, sampling, **loading, compile=compile)
         self.objective = as_config(GIVTObjective, objective)
         config, flow = as_config(GIVTConfig, net), as_config(AdapterConfig, adapter)
         gmm, token_dim = as_config(HeadConfig, head), self.tokenizer.token_dim
@@ -164,11 +145,14 @@ class GIVTModule(Editable, GenerativeModule):
             objective=self.objective,
             sampling=sampling,
             optim=self.optim,
-            init_from=init_from,
-            init_key=init_key,
-            init_classes=init_classes,
             compile=compile,
+            **loading,
         )
+
+    def setup(self, stage: str) -> None:
+        """Sampler settings that cannot work are an error before the first step, not at the first grid of samples."""
+        super().setup(stage)
+        self.check_sampling(self.sampling)
 
     @property
     def causal(self) -> bool:
@@ -245,6 +229,13 @@ class GIVTModule(Editable, GenerativeModule):
             return {}
         return self.head.usage(h.detach().flatten(0, 1))
 
+    def on_validation_epoch_end(self) -> None:
+        """Raises ValueError where scales have collapsed, which no later step would mend."""
+        super().on_validation_epoch_end()
+        sums = sum_over_ranks({name: value.item() for name, value in self._val_sums.items()})  # all ranks stop or none
+        if sums:
+            self.head.check_scales(sums["min_scale"] / sums["rows"])
+
     def representations(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         """Causal: features (B, E) by name, for probes, of images without their labels.
 
@@ -268,8 +259,6 @@ class GIVTModule(Editable, GenerativeModule):
         """Tokens (B, L, D) for labels (B,)."""
         positions = torch.arange(self.net.seq_len, device=self.device).expand(len(labels), -1)
         nothing = torch.zeros(*positions.shape, self.tokenizer.token_dim, device=self.device)
-        if not self.causal and sampling.beams:
-            raise ValueError("sampling.num_beams and num_fans are of causal models: set both to 1")
         if not self.causal:
             x = self.fill(nothing, positions, labels, sampling, generator)
         elif sampling.beams:
@@ -278,11 +267,23 @@ class GIVTModule(Editable, GenerativeModule):
             x = self.generate(labels, sampling, generator)
         return self.adapter.inverse(x) if self.adapter else x
 
+    @torch.no_grad()
+    def check_sampling(self, sampling: GIVTSampling) -> None:
+        """Raise ValueError for settings with which this model cannot be sampled. Draws one token to know."""
+        if not self.causal:
+            mask_counts(self.net.seq_len, sampling.num_iter, sampling.schedule)
+        rows = self.branches(torch.zeros(1, dtype=torch.int64, device=self.device), sampling)
+        noise = self.noise_source(1, sampling, Generator(self.device).manual_seed(0))(1)
+        h = torch.zeros(len(rows), self.net.config.width, device=self.device)
+        self.head.sample(**self._draw_arguments(h, noise, sampling))
+
     def branches(self, labels: Tensor, sampling: GIVTSampling) -> Tensor:
         """Rows of the label table: (B,), or with guidance (2B,), those with labels first.
 
-        Raises ValueError where there is nothing to guide away from.
+        Raises ValueError where there is nothing to guide away from, and for beams of a bidirectional model.
         """
+        if sampling.beams and not self.causal:
+            raise ValueError("sampling.num_beams and num_fans are of causal models: set both to 1")
         if self.unconditional:
             labels = torch.full_like(labels, self.net.null_label)
         if sampling.cfg_scale == 1:
@@ -328,7 +329,6 @@ class GIVTModule(Editable, GenerativeModule):
     ) -> Tensor:
         """Bidirectional: draw the unknown `positions` (B, R) of x (B, L, D), ascending; the others stay."""
         rows, noise = self.branches(labels, sampling), self.noise_source(len(x), sampling, generator)
-        size, seq_len = x.shape[:2]
 
         def propose(x: Tensor, unknown: Tensor, positions: Tensor, k: int) -> tuple[Tensor, Tensor]:
             h = take(
@@ -339,7 +339,7 @@ class GIVTModule(Editable, GenerativeModule):
             return tokens.unflatten(0, positions.shape), log_prob.unflatten(0, positions.shape)
 
         def gumbel(k: int) -> Tensor:
-            return gumbel_from_normal(randn((size, seq_len), generator, device=self.device))
+            return gumbel_from_normal(randn(x.shape[:2], generator, device=self.device))
 
         counts = mask_counts(positions.shape[1], sampling.num_iter, sampling.schedule)
         temperatures = choice_temperatures(sampling.choice_temperature, sampling.num_iter, anneal=sampling.anneal)

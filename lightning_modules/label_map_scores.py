@@ -1,8 +1,9 @@
 """Figures of predicted label maps: panoptic quality (Kirillov et al., arXiv 1801.00868) and errors of depth.
 
 Sums are kept by name, so that those of several processes can be added; `figures` makes the averages of them. Panoptic
-quality follows COCO's panopticapi: void pixels of the truth count neither for nor against a prediction. Depth follows
-big_vision's `evaluators/proj/givt/nyu_depth.py`: figures of each image over its measured pixels, then their mean.
+quality follows COCO's panopticapi: void pixels of the truth count neither for nor against a prediction. Crowds are
+void here, but there only to predictions of their own class that match nothing. Depth follows big_vision's
+`evaluators/proj/givt/nyu_depth.py`: figures of each image over its measured pixels, then their mean.
 """
 
 from collections.abc import Collection, Mapping

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule, check_fit, to_ours
+from layers.checks import check_positive
 from layers.flax_layout import linear_rules
 from layers.heads.gmm import GMMHead
 from layers.networks.givt import GIVTConfig
@@ -25,10 +26,10 @@ from layers.random import Generators, randn
 from layers.samplers.autoregressive import Beams, beam_search
 from layers.tokenizers.base import Tokenizer, from_uint8
 from layers.tokenizers.label_map import KEYS, Maps
-from lightning_modules.base import Batch
+from lightning_modules.base import Batch, eval_mode
 from lightning_modules.config import as_config
 from lightning_modules.flax_files import read_npz
-from lightning_modules.label_maps import LabelMapModule, eval_mode
+from lightning_modules.label_maps import LabelMapModule
 from lightning_modules.optim import OptimConfig
 
 
@@ -41,9 +42,7 @@ class UViMSearch:
     num_fans: int = 8  # draws that each beam branches into
 
     def __post_init__(self) -> None:
-        for name in ("num_beams", "num_fans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"search.{name} is {getattr(self, name)}: use at least 1")
+        check_positive("search", self, "temperature", "num_beams", "num_fans")
 
 
 class UViMModule(LabelMapModule):

@@ -26,6 +26,15 @@ def test_representations_do_not_see_the_labels():
     assert all(np.array_equal(first[name], second[name]) and first[name].shape == (6, 16) for name in first)
 
 
+def test_no_more_rows_are_read_than_asked_for():
+    class Data:
+        def ordered_loader(self, split):
+            return ({"image": torch.zeros(4, 3, 8, 8), "label": torch.arange(4)} for _ in range(3))
+
+    found = [len(row["image"]) for row in probe.batches(Data(), "train", 6, "cpu")]
+    assert found == [4, 2]
+
+
 @pytest.mark.parametrize("settings", [{"attention": "bidirectional"}, {"label_drop_prob": 0.0}])
 def test_models_without_such_representations_say_so(settings):
     batch = {"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "label": torch.zeros(2).long()}

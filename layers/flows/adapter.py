@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from layers.checkpoint import Rule
+from layers.checks import check_positive
 from layers.flax_layout import conv_rules, norm_rules
 from layers.init import lecun_normal_
 from layers.precision import without_autocast
@@ -30,6 +31,11 @@ class AdapterConfig:
         64  # num_channels_bottleneck, twice the width of the convolutions; official: 4 C, at 512 pixels 8 C
     )
 
+    def __post_init__(self) -> None:
+        check_positive("adapter", self, "bottleneck")
+        if self.num_blocks < 0:
+            raise ValueError(f"adapter.num_blocks is {self.num_blocks}: use 0 for no adapter")
+
 
 class Residual(nn.Module):
     """F of a coupling: three 3x3 convolutions without biases, each after a group norm and ReLU; the first block of the
@@ -38,7 +44,7 @@ class Residual(nn.Module):
     def __init__(self, channels: int, hidden: int, *, first: bool) -> None:
         super().__init__()
         groups = min(MAX_GROUPS, channels)
-        if hidden % groups:
+        if not hidden or hidden % groups:
             raise ValueError(
                 f"adapter.bottleneck is {2 * hidden}: half of it must be a multiple of its {groups} groups"
             )

@@ -17,7 +17,9 @@ from layers.precision import without_autocast
 Density = Callable[[Tensor, Tensor], Tensor]  # outputs (r, P) in float32 and x (r, D) -> (r,)
 
 CHUNK_BYTES = 2**25  # of a chunk's float32 outputs; the density needs six times as many with their gradients
-MIN_CHUNK_ROWS = 256  # with fewer, the product would wait for its weights to be read
+# With fewer, products would wait for their weights to be read; with more, a chunk of JetFormer's head would hold more
+# than the gradient of its weights does
+MIN_CHUNK_ROWS = 128
 
 
 def chunk_rows(numbers_per_row: int) -> int:

@@ -7,6 +7,7 @@ component of both branches.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -32,7 +33,20 @@ from layers.samplers import gmm_cfg
 WEIGHT_STD = 0.02  # of init "spread"
 LOC_STD = 0.5  # of the components' locs at its start, where scales are 1: apart, but none without tokens of its own
 USAGE_ROWS = 256  # rows that `usage` looks at
+COLLAPSED = 1e-5  # smaller scales mean that numbers recur: tokens are of order one, and float32 has 7 digits of them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class HeadConfig:
+    """GIVT's mixture of a token; see GMMHead. Official `get_pdf`; paper section 3.2."""
+
+    num_mixtures: int = 16
+    kind: Literal["diagonal", "per_channel", "full"] = "diagonal"
+    scale: Literal["squareplus", "softplus", "squareplus_unfixed"] = "squareplus"
+    scale_min: float = SCALE_MIN
+    # zero: the official one, with which equal components get equal gradients and may never part; spread: apart at once
+    init: Literal["spread", "zero"] = "spread"
 
 
 class Settings(NamedTuple):
@@ -82,6 +96,8 @@ class GMMHead(OneShotHead):
         _check_choice("dtype", dtype, DTYPES)
         if num_mixtures < 1:
             raise ValueError(f"num_mixtures is {num_mixtures}: a density has at least one component")
+        if scale_min <= 0:
+            raise ValueError(f"scale_min is {scale_min}: no scale is smaller, so it must be positive")
         if kind == "full" and num_mixtures != 1:
             raise ValueError(
                 f"num_mixtures is {num_mixtures}, but kind 'full' is one Gaussian: set it to 1, or use 'diagonal'"
@@ -148,6 +164,15 @@ class GMMHead(OneShotHead):
         entropy = -torch.xlogy(weights, weights).sum(-1).mean()
         spread = mixture.loc.std(-2 if self.kind == "diagonal" else -1, correction=0).mean()
         return {"component_entropy": entropy, "component_spread": spread, "min_scale": mixture.scale.min()}
+
+    def check_scales(self, smallest: float) -> None:
+        """Raise ValueError if the smallest scale of `usage` has collapsed; a larger `scale_min` forbids that."""
+        if smallest <= COLLAPSED and self.scale != "squareplus_unfixed":  # whose negative values are all clamped
+            raise ValueError(
+                f"the mixture's scales have collapsed, to {smallest:.1e}: tokens repeat the same numbers, "
+                f"so that their likelihood has no bound; train on tokens with noise (DequantisedTokenizer), or set "
+                f"--model.init_args.head.scale_min to the precision that they have"
+            )
 
     # Sampling
 

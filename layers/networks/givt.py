@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from layers.attention import PlainAttention
 from layers.checkpoint import Rule
+from layers.checks import check_positive
 from layers.embed import LabelEmbedder
 from layers.flax_layout import (
     State,
@@ -52,6 +53,9 @@ class GIVTConfig:
     grad_checkpointing: bool = False  # recompute blocks in the backward pass
 
     def __post_init__(self) -> None:
+        check_positive("net", self, "width", "depth", "num_heads", "mlp_hidden")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"net.dropout is {self.dropout}: it is the share of what is dropped, so use 0 to below 1")
         if self.width % self.num_heads:
             raise ValueError(f"net.width {self.width} is not divisible by net.num_heads {self.num_heads}")
         if self.mask_style == "concat" and self.width % 2:

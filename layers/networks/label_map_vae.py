@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layers.checkpoint import Rule
+from layers.checks import check_positive
 from layers.flax_layout import conv_rules, linear_rules, unstack
 from layers.init import lecun_normal_
 from layers.label_maps import cross_entropy, one_hot
@@ -37,6 +38,8 @@ class LabelMapVAEConfig:
     grad_checkpointing: bool = False  # recompute blocks, and the logits with their loss, in the backward pass
 
     def __post_init__(self) -> None:
+        sizes = ("width", "encoder_depth", "decoder_depth", "num_heads", "mlp_hidden", "patch_size")
+        check_positive("arch", self, *sizes, "seq_len", "token_dim")
         if self.code_side**2 != self.seq_len:
             raise ValueError(f"arch.seq_len is {self.seq_len}: tokens lie in a square, so use a square number")
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from layers.attention import PlainAttention
 from layers.checkpoint import Rule
+from layers.checks import check_positive
 from layers.flax_layout import linear_rules, norm_rules, self_attention_rules
 from layers.init import lecun_normal_
 from layers.mlp import TanhMlp
@@ -30,6 +31,9 @@ class ViTConfig:
     mlp_hidden: int = 4096
     patch_size: int = 16
     grad_checkpointing: bool = False  # recompute blocks in the backward pass
+
+    def __post_init__(self) -> None:
+        check_positive("encoder", self, "width", "depth", "num_heads", "mlp_hidden", "patch_size")
 
 
 class ViTLayer(nn.Module):

@@ -53,6 +53,8 @@ class LabelMapTokenizer(LearnedTokenizer):
             )
         if not min_depth < max_depth:
             raise ValueError(f"min_depth {min_depth} is not below max_depth {max_depth}: set {KEYS}.max_depth")
+        if not 0 <= min_fraction < 1:
+            raise ValueError(f"min_fraction is {min_fraction}: it is a share of the pixels, 0 to drop no instance")
         arch = LabelMapVAEConfig(**arch) if isinstance(arch, Mapping) else arch
         super().__init__(
             LabelMapVAE(arch, classes=classes, size=(image_size, image_size)), weights=weights, frozen=frozen
@@ -84,7 +86,10 @@ class LabelMapTokenizer(LearnedTokenizer):
         Raises ValueError that says what to set, if the file's tokens have another length.
         """
         if any("/" in name for name in state):
-            state = to_ours(unrolled(state), flax_rules(self.arch.num_heads))
+            try:
+                state = to_ours(unrolled(state), flax_rules(self.arch.num_heads))
+            except (ValueError, RuntimeError) as error:  # RuntimeError: of kernels that have another rank
+                raise ValueError(f"{origin} does not fit {KEYS}.arch: {error}") from error
         found = state["decoder_stem.weight"].shape[1] if "decoder_stem.weight" in state else self.token_dim
         if found != self.token_dim:
             raise ValueError(

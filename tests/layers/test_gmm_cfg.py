@@ -8,6 +8,8 @@ from torch import Tensor
 
 from layers.samplers.gmm_cfg import (
     BLOCK,
+    FARTHEST,
+    LOG_FLOAT32_MAX,
     guided_closed_form,
     guided_log_density,
     guided_rejection,
@@ -54,12 +56,31 @@ def rejected(case: tuple[float, ...], proposals: int = 1000):
 
 @pytest.mark.parametrize("case", ORDINARY)
 def test_product_has_the_density(case):
-    """log p - log N(mean, 1 / precision) is one constant wherever p is looked at."""
+    """log p is the parabola that it says, wherever p is looked at."""
     args = *(torch.tensor([v], dtype=torch.float64) for v in case[:4]), case[4]
-    mean, precision = product(*args)
-    x = mean + torch.linspace(-5, 5, 11, dtype=torch.float64) / precision.sqrt()
-    rest = guided_log_density(x, *args) + 0.5 * precision * (x - mean).square()
-    assert (rest - rest[0]).abs().max() < 1e-9
+    mean, precision, log_peak = product(*args)
+    away = torch.linspace(-5, 5, 11, dtype=torch.float64) / precision.sqrt()
+    x = args[0] + args[1] * (mean + away)
+    torch.testing.assert_close(guided_log_density(x, *args), log_peak - 0.5 * precision * away.square())
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_closed_form_is_as_one_would_write_it(spread):
+    """Mean and precision by the paper's formula, and every reason for the conditional's draw, in float64."""
+    w, eps = torch.tensor([[0.4], [2.0], [-0.5]]), torch.randn(3, N)
+    loc_c, loc_u, *logs = spread * torch.randn(4, 3, N)
+    args = (loc_c, logs[0].exp(), loc_u, logs[1].exp())
+    c, s, u, t = (a.double() for a in args)
+    precision = (1 + w) / s**2 - w / t**2
+    mean, width = ((1 + w) * c / s**2 - w * u / t**2) / precision, 2 * torch.maximum(s, t)
+    log_p = guided_log_density(mean, c, s, u, t, w.double())
+    log_fac = log_p + width.log() + 0.5 * math.log(2 * math.pi)
+    reached = (precision > 0) & (precision**-0.5 <= width) & ((mean - c).abs() <= FARTHEST * width)
+    reached &= torch.maximum(log_p, log_fac) <= LOG_FLOAT32_MAX
+    expected = torch.where(reached, mean + precision.rsqrt() * eps, c + s * eps)
+    error = (guided_closed_form(*args, w, eps) - expected).abs()
+    assert 0.1 < reached.double().mean() < 0.9
+    assert (error <= 1e-4 * (expected.abs() + s) + 1e-5).double().mean() > 0.999  # some lie on the edge of `reached`
 
 
 @pytest.mark.parametrize("case", ORDINARY)

@@ -354,6 +354,7 @@ def adam_cases():
 def test_golden_optimizer_steps(path, name):
     """AdamW with decay over learning rate, kernels only, is the official one; Adafactor is in test_adafactor.py."""
     config, g = read_json(path.with_suffix(".json"))[name], Golden(path, partial=True)
+    unread = {key for key in g.names() if key.startswith(f"{name}/")} - {f"{name}/schedule"}
     schedule = official_schedule(config["schedule"], config["total_steps"])
     close(torch.tensor(schedule), g[f"{name}/schedule"], a=1e-6, r=1e-6)
     state = {key: torch.nn.Parameter(tensor.clone()) for key, tensor in params(g, "params0/").items()}
@@ -367,6 +368,15 @@ def test_golden_optimizer_steps(path, name):
         optimizer.step()
         for key, expected in params(g, f"{name}/params_after_{step + 1}/").items():
             close(state[key].detach(), expected, a=1e-6, r=1e-6)
+            unread.remove(f"{name}/params_after_{step + 1}/{key}")
+    assert unread == set()
+
+
+@golden("optim.*")
+def test_golden_optimizer_file_holds_nothing_else(path):
+    """What lies below a run's name is checked to be read where the run is."""
+    known = (*(f"{run}/" for run in read_json(path.with_suffix(".json"))), "params0/", "grads_step")
+    assert [name for name in Golden(path, partial=True).names() if not name.startswith(known)] == []
 
 
 def official_schedule(config: dict[str, Any], total: int) -> list[float]:

@@ -149,10 +149,10 @@ def check_closed_form(g: Golden, prefix: str, gaussians: list[Tensor], w: float,
     """Each channel has the product's draw or the conditional's: the latter wherever there is no product, the former
     wherever the proposals, of 2 max(scale), reach it well."""
     mean, precision = g[f"{prefix}mean_f64"], g[f"{prefix}precision_f64"]
-    close(
-        torch.stack(product(*(t.double() for t in gaussians), w)), torch.stack([mean, precision]), atol=1e-6, rtol=1e-9
-    )
     loc, scale, _, scale_u = gaussians
+    found = product(*(t.double() for t in gaussians), w)  # in units of the conditional's scale
+    close(loc + scale * found.mean.where(found.precision > 0, torch.nan), mean, atol=1e-6, rtol=1e-9)
+    close(found.precision / scale.double().square(), precision, atol=1e-6, rtol=1e-9)
     found, width = guided_closed_form(*gaussians, w, eps), 2 * torch.maximum(scale, scale_u)
     conditional, exact = loc + scale * eps, mean + eps / precision.sqrt()
     fell_back, is_exact = ((found - t).abs() <= 1e-5 + 1e-4 * t.abs() for t in (conditional, exact))

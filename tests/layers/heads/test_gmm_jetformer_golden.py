@@ -184,7 +184,8 @@ def margins(g: Golden, gaussians: tuple[Tensor, ...], w: float, log_fac: Tensor,
 def check_exact(g: Golden, gaussians: tuple[Tensor, ...], w: float, num_accepted: Tensor) -> None:
     """The product, the moments of what is accepted by integration, and the share that was."""
     doubles, valid = [t.double() for t in gaussians], g["exact/valid"].bool()
-    mean, precision = product(*doubles, w)
+    loc, scale, found = *doubles[:2], product(*doubles, w)  # in units of the conditional's scale
+    mean, precision = loc + scale * found.mean, found.precision / scale.square()
     close(precision, g["exact/gaussian_precision"], atol=1e-6)
     proper = precision > 0
     close(mean[proper], g["exact/gaussian_mean"][proper], atol=1e-6)
