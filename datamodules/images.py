@@ -8,7 +8,7 @@ Out: uint8 (B,3,S,S), labels int64 (B,), captions where the set has them.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -16,7 +16,8 @@ from datamodules.base import BatchData, RowDataset
 from datamodules.crop_cache import crop_key, open_crop_cache, write_crop_cache
 from datamodules.folders import FileStore
 from datamodules.image_rows import ImageRows, OnBad, report_scan, try_rows
-from datamodules.shards import META, ShardRows, read_meta
+from datamodules.shard_files import META, check_kinds, read_meta
+from datamodules.shards import ShardRows
 from datamodules.sources import (
     ArrowStore,
     ArrowTable,
@@ -120,7 +121,7 @@ class ImageData(BatchData):
         if self.num_classes is not None:
             return self.num_classes
         if (cached := find_split(self._cached_splits(), self.split)) is not None:
-            return read_meta(self.crop_cache / cached)["num_classes"]
+            return self._cached_meta(cached)["num_classes"]
         if not self.streaming and not is_local(self.source):
             return count_hub_classes(self.source, self.columns, cache_dir=self.cache_dir)
         splits = (open_streams if self.streaming else open_splits)(self.source, cache_dir=self.cache_dir)
@@ -205,8 +206,15 @@ class ImageData(BatchData):
 
     def _wanted_of_cache(self) -> list[str]:
         """The splits that are asked for, out of those that the source had when it was cached."""
-        metas = [read_meta(self.crop_cache / name) for name in self._cached_splits()]
-        return self._split_names(sorted({name for meta in metas for name in meta.get("splits", [meta["split"]])}))
+        metas = [self._cached_meta(name) for name in self._cached_splits()]
+        return self._split_names(sorted({str(name) for meta in metas for name in meta.get("splits", [meta["split"]])}))
+
+    def _cached_meta(self, name: str) -> dict[str, Any]:
+        """The description of a split's cache. Raises ValueError for one that lacks what every crop cache has."""
+        meta = read_meta(self.crop_cache / name)
+        kinds = {"split": str, "source": str, "num_classes": (int, type(None)), "class_names": (list, type(None))}
+        check_kinds({"splits": []} | meta, kinds | {"splits": list}, self.crop_cache / name / META)
+        return meta
 
     def _fill_cache(self) -> None:
         """Crops every image of the splits asked for once, the training split last, but for splits that are there; goes

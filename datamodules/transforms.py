@@ -1,4 +1,4 @@
-"""Image transforms of the input pipeline: ADM centre crop, uint8 tensor, horizontal flip.
+"""Image transforms of the input pipeline: ADM centre crop, uint8 tensor, horizontal flip, five crops.
 
 Source: guided-diffusion's image_datasets.py, which MAR and JiT use unchanged. PIL resamples in uint8 and rounds after
 each resize, so the result is reproducible to the count; no torchvision is needed. In: a PIL image of any mode and
@@ -42,6 +42,22 @@ def to_uint8_chw(image: Image.Image) -> Tensor:
         raise ValueError(f"image mode {image.mode!r} is not 'RGB': call image.convert('RGB') first")
     pixels = np.array(image)  # (H, W, 3); np.array copies: PIL's own buffer is read-only
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+def enlarged(size: int) -> int:
+    """Side of the picture that `five_crop` cuts squares of `size` from. RAR's `scripts/pretokenization.py`."""
+    return int(1.1 * size)
+
+
+def five_crop(images: Tensor, size: int) -> list[Tensor]:
+    """(..., H, W) -> five of (..., size, size): top left, top right, bottom left, bottom right, centre.
+
+    The order and, where the margin is odd, the centre are those of torchvision's `five_crop`, whose `ten_crop` adds the
+    same five of the mirror image.
+    """
+    bottom, right = images.shape[-2] - size, images.shape[-1] - size
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    return [images[..., top : top + size, left : left + size] for top, left in corners]
 
 
 def flip_horizontal(image: Tensor, flip: bool) -> Tensor:

@@ -1,9 +1,10 @@
 """Latents of a set: `python -m experiments.cache --exp mar_l --split train`, which `make cache` calls.
 
-The recipe's tokenizer encodes every image once and, where training mirrors, its mirror image too. What is written says
-datamodules/latents.py, which reads it. An interrupted run goes on with the shards that are missing, or that differ from
-their sha256. Processes share the shards of one folder; a shard is encoded in the same batches by whichever of them, so
-that on one kind of device the bytes depend neither on their number nor on interrupts.
+The recipe's tokenizer encodes every image once (with ten_crop: five crops of it) and, where training mirrors, its
+mirror image too. What is written says datamodules/latents.py, which reads it. An interrupted run goes on with the
+shards that are missing, or that differ from their sha256. Processes share the shards of one folder; a shard is encoded
+in the same batches by whichever of them, so that on one kind of device the bytes depend neither on their number nor on
+interrupts.
 """
 
 import argparse
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from datamodules.base import BatchData, RowDataset
-from datamodules.latents import DTYPES, LatentData, latent_key
+from datamodules.latents import CROPS, DTYPES, LatentData, latent_key
 from datamodules.sampler import RowKey
 from datamodules.shards import ShardWriter, shard_batches
+from datamodules.transforms import enlarged, five_crop
 from experiments import results
 from experiments.errors import one_line_errors
 from experiments.evaluate import check_options, launch
@@ -37,6 +39,7 @@ TOKENIZER = "model.init_args.tokenizer"
 NO_MATTER = {"weights", "frozen", "latent_scale", "latent_shift", "patch_size"}
 PROBED = 32  # rows that are read in two epochs, to see that nothing about them is random
 STORED = {"float16": torch.float16, "float32": torch.float32}
+SMALL_VOCAB = 1 << 16  # ids that uint16 holds
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -54,11 +57,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
 
 
 class Job(NamedTuple):
-    """What is encoded by what, into which folder."""
+    """What is encoded by what, into which folder. `key`: what the images are, for `meta.json`."""
 
     images: BatchData
     tokenizer: Tokenizer
     folder: Path
+    key: dict[str, Any]
 
 
 def make_job(options: argparse.Namespace, overrides: Sequence[str]) -> Job:
@@ -86,7 +90,11 @@ def make_job(options: argparse.Namespace, overrides: Sequence[str]) -> Job:
         )
     if not tokenizer.frozen and next(tokenizer.parameters(), None) is not None:
         raise ValueError(f"{type(tokenizer).__name__} is trained along with the model: what it encodes does not last")
-    return Job(images, tokenizer.eval().requires_grad_(False), root / options.split)
+    ten_crop = options.split == "train" and getattr(data, "ten_crop", False)
+    key = latent_key(images, options.split, ten_crop=ten_crop)
+    if ten_crop:
+        images.image_size = enlarged(images.image_size)
+    return Job(images, tokenizer.eval().requires_grad_(False), root / options.split, key)
 
 
 def exact_arithmetic() -> None:
@@ -101,18 +109,29 @@ def exact_arithmetic() -> None:
 
 @torch.inference_mode()
 def encode(tokenizer: Tokenizer, images: Tensor, *, mirrored: bool) -> Tensor:
-    """uint8 images (B, 3, H, W) -> raw (B, 1 or 2, ...): of each image and, if `mirrored`, of its mirror image."""
-    views = [images, images.flip(-1)] if mirrored else [images]
+    """uint8 images (B, 3, H, W) -> raw (B, K, ...): of each image and, if `mirrored`, of its mirror image; five crops
+    of both if they are larger than the tokenizer's images."""
+    sides, size = [images, images.flip(-1)] if mirrored else [images], tokenizer.image_size
+    views = [view for side in sides for view in (five_crop(side, size) if side.shape[-1] > size else [side])]
     return torch.stack([tokenizer.encode_image(view) for view in views], dim=1)
 
 
-def stored(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """As it is written, on the host: floats as `dtype`, int64 as int32, int32 and uint8 as they are.
+def stored(raw: Tensor, dtype: torch.dtype, vocab_size: int | None = None) -> Tensor:
+    """As it is written, on the host: floats as `dtype`, ids of a vocabulary as uint16 where it is small enough, other
+    int64 as int32, int32 and uint8 as they are.
 
-    Raises ValueError for what is not finite then, for ids beyond int32, and for other types.
+    Raises ValueError for what is not finite then, for ids outside of the vocabulary or beyond int32, and for other
+    types.
     """
     if raw.dtype not in DTYPES.values():
         raise ValueError(f"the tokenizer returns {raw.dtype}, which a cache cannot hold: only {', '.join(DTYPES)}")
+    if vocab_size is not None and not 0 <= int(raw.min()) <= int(raw.max()) < vocab_size:
+        raise ValueError(
+            f"the tokenizer returns ids in {int(raw.min())}..{int(raw.max())}, but its vocabulary is"
+            f" 0..{vocab_size - 1}: its weights are damaged, or it is of another size"
+        )
+    if vocab_size is not None and vocab_size <= SMALL_VOCAB and raw.dtype == torch.int64:
+        return raw.cpu().to(torch.uint16)
     if raw.dtype == torch.int64:
         small = raw.to(torch.int32)
         if not torch.equal(small.long(), raw):
@@ -148,19 +167,22 @@ def check_space(writer: ShardWriter, numbers: Sequence[int]) -> None:
         )
 
 
-def describe(job: Job, key: dict[str, Any], first: Tensor, options: argparse.Namespace) -> dict[str, Any]:
-    """Entries of `meta.json` beside those of the shards. `first`: raw (1, 1 or 2, ...) of a row."""
-    kept = stored(first, STORED[options.dtype])
+def describe(job: Job, first: Tensor, options: argparse.Namespace, *, mirrored: bool) -> dict[str, Any]:
+    """Entries of `meta.json` beside those of the shards. `first`: raw (1, K, ...) of a row."""
+    kept = stored(first, STORED[options.dtype], job.tokenizer.vocab_size)
+    cropped = job.images.image_size > job.tokenizer.image_size
     return {
-        **key,
+        **job.key,
         "num_classes": job.images.num_classes,
         "class_names": job.images.class_names,
         "tokenizer": identity(job.tokenizer) | {"sha256": state_sha256(job.tokenizer.state_dict())},
-        "flip": first.shape[1] == 2,
+        "flip": mirrored,
+        "vocab_size": job.tokenizer.vocab_size,
         "encoded": str(first.dtype).removeprefix("torch."),
         "dtype": str(kept.dtype).removeprefix("torch."),
         "shape": list(kept.shape[1:]),
         "encode_batch": options.batch_size,  # the last bits of float arithmetic depend on it
+        **({"crops": CROPS} if cropped else {}),
     }
 
 
@@ -178,17 +200,22 @@ def open_rows(images: BatchData, split: str) -> RowDataset:
     images.setup()
     images.split_length(split)
     rows = images.train_set if split == "train" else images.val_set
+    side = rows[0]["image"].shape[-1]
+    if side != images.image_size:
+        raise ValueError(
+            f"ten crops are cut from images of {images.image_size} pixels, but {type(images).__name__} gives {side}:"
+            f" set data.init_args.ten_crop=false"
+        )
     check_fixed(rows)
     return rows
 
 
 def start(job: Job, options: argparse.Namespace, device: torch.device) -> tuple[RowDataset, ShardWriter]:
     """Rows and writer of a job, whose tokenizer is moved to `device`."""
-    key = latent_key(job.images, options.split)
     mirrored = options.split == "train" and getattr(job.images, "flip", False)
     rows = open_rows(job.images, options.split)
     first = encode(job.tokenizer.to(device), rows[0]["image"].to(device), mirrored=mirrored)
-    meta = describe(job, key, first, options)
+    meta = describe(job, first, options, mirrored=mirrored)
     return rows, ShardWriter(job.folder, meta=meta, rows=len(rows), shard_rows=options.shard_rows)
 
 
@@ -221,7 +248,7 @@ def write_shards(
         raw, labels = [], []
         for _, batch in group:
             encoded = encode(job.tokenizer, batch["image"].to(device), mirrored=writer.plan["flip"])
-            raw.append(stored(encoded, STORED[options.dtype]))
+            raw.append(stored(encoded, STORED[options.dtype], writer.plan["vocab_size"]))
             labels.append(batch["label"])
         covered = torch.arange(ranges[number].start, ranges[number].stop)
         writer.write(number, {"raw": torch.cat(raw), "label": torch.cat(labels), "index": covered})

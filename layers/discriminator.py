@@ -2,7 +2,8 @@
 `modules/discriminator/model.py`, the hinge losses of its two sides, and the weight that latent diffusion gives them.
 
 Parameter names are the official ones. Batch norm always uses the statistics of the batch and keeps no running ones:
-training, which is all a discriminator does, is the same, and nothing changes behind the loss's back.
+training, which is all a discriminator does, is the same, and nothing changes behind the loss's back. The batch is the
+global one, where the official code takes each process's own: their number must not change what is trained.
 In: images (B, 3, H, W) in [-1, 1]. Out: one logit per patch (B, 1, h, w), high for real.
 """
 
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from layers.processes import mean_over_processes, several_processes
 
 SLOPE = 0.2  # of the leaky ReLU
 GROWTH_LIMIT = 8  # widest layer over the first one
@@ -35,6 +38,18 @@ class DiscriminatorConfig:
         return 3 * 2**self.num_layers
 
 
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch norm by the statistics of all processes' images together. float32 island."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not several_processes():
+            return super().forward(x)
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        h = h - mean_over_processes(h.mean((0, 2, 3), keepdim=True))
+        h = h * (mean_over_processes(h.square().mean((0, 2, 3), keepdim=True)) + self.eps).rsqrt()
+        return (h * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
 class PatchDiscriminator(nn.Module):
     """Strided convolutions. Official `NLayerDiscriminator`, with its initial weights."""
 
@@ -46,7 +61,7 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, depth + 1):
             layers += [
                 nn.Conv2d(widths[i - 1], widths[i], 4, stride=2 if i < depth else 1, padding=1, bias=False),
-                nn.BatchNorm2d(widths[i], track_running_stats=False),
+                GlobalBatchNorm(widths[i], track_running_stats=False),
                 nn.LeakyReLU(SLOPE),
             ]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
@@ -86,5 +101,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: nn.Parame
     The adversarial loss times this pulls as hard there as the reconstruction does. No gradient flows through it. LDM
     `LPIPSWithDiscriminator.calculate_adaptive_weight`, VQGAN (Esser et al., arXiv 2012.09841) equation 7.
     """
-    norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
+    losses = (reconstruction, adversarial)
+    grads = [mean_over_processes(torch.autograd.grad(loss, last, retain_graph=True)[0]) for loss in losses]
+    norms = [grad.norm() for grad in grads]
     return (norms[0] / (norms[1] + WEIGHT_EPS)).clamp(0, WEIGHT_LIMIT).detach()

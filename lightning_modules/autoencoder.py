@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule
+from layers.codebook import code_usage, entropy_loss
 from layers.discriminator import (
     DiscriminatorConfig,
     PatchDiscriminator,
@@ -29,12 +30,12 @@ from layers.perceptual import PerceptualDistance
 from layers.random import Generators
 from layers.tokenizers.base import Tokenizer, from_uint8
 from layers.tokenizers.conv import LatentStatistics, LatentTokenizer, PosteriorTokenizer, latent_statistics
-from layers.tokenizers.vq import VQTokenizer
-from lightning_modules.base import Batch, GenerativeModule
+from layers.tokenizers.vq import IdTokenizer
+from lightning_modules.base import Batch, GenerativeModule, eval_mode
 from lightning_modules.config import as_config
 from lightning_modules.optim import OptimConfig
 from lightning_modules.tokenizer_weights import read_autoencoder
-from lightning_modules.weights import read_official
+from lightning_modules.weights import check_named, read_official
 
 TOKENIZER = "--model.init_args.tokenizer"
 MEASURED_AT_ONCE = 64  # images
@@ -42,18 +43,23 @@ MEASURED_AT_ONCE = 64  # images
 
 @dataclass
 class AutoencoderObjective:
-    """loss = n (l1 + l2 + perceptual) + kl or commitment and codebook + adaptive * disc_weight * adversarial.
+    """loss = n (l1 + l2 + perceptual) + kl or commitment, codebook and entropy + adaptive * disc_weight * adversarial.
 
     l1, l2: means over the values of all images; perceptual: mean over images. n is the number of values of an image
     (3 H W) with reduction "sum", which is how LDM weighs the KL term, and 1 with "mean", as in its VQ models.
+    There are two conventions for a codebook. By the paper (van den Oord et al., arXiv 1711.00937, Eq. 3) and in MaskGIT
+    beta = 0.25 is the commitment's weight: commitment_weight 0.25, codebook_weight 1. The code of taming, LDM and RAR
+    has it on the other term, which is the default here: 1 and 0.25.
     """
 
     l1_weight: float = 1.0
     l2_weight: float = 0.0  # of squared differences of values in [-1, 1]
     reduction: Literal["sum", "mean"] = "sum"
     kl_weight: float = 1e-6  # where there is a posterior: nats, summed over an image's latents, mean over images
-    commitment_weight: float = 1.0  # VQ tokenizer: mean over latent values of (z - sg[code])^2
-    codebook_weight: float = 0.25  # VQ tokenizer: (sg[z] - code)^2; the official code puts its beta here, not above
+    commitment_weight: float = 1.0  # of ids: mean over latent values of (z - sg[code])^2, which moves the encoder
+    codebook_weight: float = 0.25  # of ids: (sg[z] - code)^2, which moves the codes
+    entropy_weight: float = 0.0  # of ids: keeps codes from dying (`entropy_loss`, of a process's images); MaskGIT: 0.1
+    entropy_temperature: float = 0.01  # of the soft choice, in squared distances; MaskGIT's
     perceptual_weight: float = 0.0  # of LPIPS; LDM: 1. Needs the next two files, nothing is downloaded
     vgg: str | None = None  # torchvision's vgg16-397923af.pth, or those names in a safetensors file
     lpips: str | None = None  # vgg.pth of lpips 0.1 (also taming's): the five heads
@@ -64,6 +70,8 @@ class AutoencoderObjective:
         weights = {name: value for name, value in vars(self).items() if name.endswith("_weight")}
         if bad := [name for name, value in weights.items() if value < 0]:
             raise ValueError(f"objective.{bad[0]} is {weights[bad[0]]}: a weight cannot be negative")
+        if self.entropy_temperature <= 0:
+            raise ValueError(f"objective.entropy_temperature is {self.entropy_temperature}: it must be positive")
         if not self.l1_weight + self.l2_weight + self.perceptual_weight:
             raise ValueError("nothing compares the reconstruction with the image: set objective.l1_weight or l2_weight")
         if self.perceptual_weight and not (self.vgg and self.lpips):
@@ -75,8 +83,8 @@ class AutoencoderObjective:
 
 
 class AutoencoderModule(GenerativeModule):
-    """Trains `tokenizer`, a KLVAETokenizer, BetaVAETokenizer or VQTokenizer with frozen false; see GenerativeModule
-    for the rest.
+    """Trains `tokenizer`, a KLVAETokenizer, BetaVAETokenizer, VQTokenizer or MaskGITVQTokenizer with frozen false; see
+    GenerativeModule for the rest.
 
     Labels are not used (`num_classes` follows the data all the same). Latents are trained as they are: latent_scale
     comes afterwards, see `measure_latents`. Raises ValueError for other tokenizers and for sizes that do not fit.
@@ -186,23 +194,30 @@ class AutoencoderModule(GenerativeModule):
 
     def bottleneck(self, encoded: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What the encoder gives -> latents (B, C, h, w) for the decoder, their weighted penalty, its terms by name."""
-        if isinstance(self.tokenizer, VQTokenizer):
+        if isinstance(self.tokenizer, IdTokenizer):
             return self._quantised(encoded)
         posterior = self.tokenizer.posterior(encoded)
         kl = posterior.kl().mean()
         return posterior.sample(noise), self.objective.kl_weight * kl, {"kl": kl}
 
     def _quantised(self, encoded: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Nearest codes, whose gradient goes straight through to the encoder."""
-        codes = self._codes(encoded)
-        commitment = (encoded - codes.detach()).square().mean()
-        codebook = (encoded.detach() - codes).square().mean()
-        penalty = self.objective.commitment_weight * commitment + self.objective.codebook_weight * codebook
-        return encoded + (codes - encoded).detach(), penalty, {"commitment": commitment, "codebook": codebook}
+        """Nearest codes, whose gradient goes straight through to the encoder.
 
-    def _codes(self, encoded: Tensor) -> Tensor:
-        vae = self.tokenizer.vae
-        return vae.codes(vae.quantize.nearest(encoded), self.tokenizer.latent_size)
+        Among the terms: which part of the codebook the images of this process's batch use (see `code_usage`).
+        """
+        objective, codebook = self.objective, self.tokenizer.vae.quantize
+        ids = codebook.nearest(encoded)
+        codes = codebook.latents(ids, self.tokenizer.latent_size)
+        terms = {
+            "commitment": (encoded - codes.detach()).square().mean(),
+            "codebook": (encoded.detach() - codes).square().mean(),
+        }
+        penalty = objective.commitment_weight * terms["commitment"] + objective.codebook_weight * terms["codebook"]
+        if objective.entropy_weight:
+            terms["entropy"] = entropy_loss(codebook.distances(encoded), objective.entropy_temperature)
+            penalty = penalty + objective.entropy_weight * terms["entropy"]
+        terms |= code_usage(ids, self.tokenizer.vocab_size)
+        return encoded + (codes - encoded).detach(), penalty, terms
 
     def distance(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted mean distance of images (B, 3, H, W) in [-1, 1], and its terms by name."""
@@ -245,15 +260,12 @@ class AutoencoderModule(GenerativeModule):
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, 3, H, W), nominally in [-1, 1], from the posterior's mean or the codes."""
-        was_training = self.training
-        self.eval()
-        try:
+        with eval_mode(self):
             encoded, vae = self.encode(images.to(self.device)), self.tokenizer.vae
             if isinstance(self.tokenizer, PosteriorTokenizer):
                 return vae.decode(self.tokenizer.posterior(encoded).mean).float()
-            return vae.decode(self._codes(encoded)).float()
-        finally:
-            self.train(was_training)
+            ids = vae.quantize.nearest(encoded)
+            return vae.decode(vae.quantize.latents(ids, self.tokenizer.latent_size)).float()
 
     def originals(self, datamodule: Any, count: int) -> Tensor:
         """`count` images, or all if there are fewer, spread over the validation set (else the training set): uint8."""
@@ -298,10 +310,10 @@ class AutoencoderModule(GenerativeModule):
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raise ValueError unless this tokenizer can be trained here."""
-    if not isinstance(tokenizer, PosteriorTokenizer | VQTokenizer):
+    if not isinstance(tokenizer, PosteriorTokenizer | IdTokenizer):
         raise ValueError(
             f"{type(tokenizer).__name__} is not trained here: set {TOKENIZER} to layers.tokenizers.kl_vae."
-            f"KLVAETokenizer, layers.tokenizers.beta_vae.BetaVAETokenizer or layers.tokenizers.vq.VQTokenizer"
+            f"KLVAETokenizer, beta_vae.BetaVAETokenizer, vq.VQTokenizer or maskgit_vq.MaskGITVQTokenizer"
         )
     if tokenizer.frozen:
         raise ValueError(
@@ -323,6 +335,7 @@ def read_files(paths: list[str]) -> dict[str, Tensor]:
                 f"no file at '{path}' (objective.vgg: torchvision's vgg16-397923af.pth; objective.lpips: vgg.pth of "
                 f"lpips 0.1): put it there, or train without it by --model.init_args.objective.perceptual_weight=0"
             )
+        check_named(path)
         state |= read_official(path, None, keys=())
     return state
 

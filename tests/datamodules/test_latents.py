@@ -8,7 +8,7 @@ import torch
 
 from datamodules.digits import DigitsData
 from datamodules.images import ImageData
-from datamodules.latents import LatentData, LatentRows, latent_key
+from datamodules.latents import CENTRE, LatentData, LatentRows, drawn_view, latent_key
 from datamodules.sampler import RowKey, coin
 from datamodules.shapes import ShapesData
 from datamodules.shards import Shards, ShardWriter
@@ -68,7 +68,8 @@ def test_rows_are_those_of_the_coin(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stored", "encoded"), [(torch.int32, "int64"), (torch.uint8, "uint8"), (torch.float32, "float32")]
+    ("stored", "encoded"),
+    [(torch.int32, "int64"), (torch.uint16, "int64"), (torch.uint8, "uint8"), (torch.float32, "float32")],
 )
 def test_rows_have_the_type_that_the_tokenizer_returned(tmp_path, stored, encoded):
     raw = torch.arange(ROWS * 2 * 3).view(ROWS, 2, 3).to(stored)
@@ -76,6 +77,101 @@ def test_rows_have_the_type_that_the_tokenizer_returned(tmp_path, stored, encode
     rows = LatentRows(Shards(tmp_path / "train"))
     found = rows.__getitems__([RowKey(0, 20), RowKey(0, 3)])["raw"]
     assert found.dtype == getattr(torch, encoded) and torch.equal(found, raw[[20, 3], 0].to(found.dtype))
+
+
+def ids(rows, views):
+    """Row i holds i, view v of it also v: uint16 (n, views, 2)."""
+    first, second = torch.arange(rows).view(-1, 1).expand(-1, views), torch.arange(views).expand(rows, -1)
+    return torch.stack([first, second], dim=-1).to(torch.uint16)
+
+
+def write_ten(root, *, views=10, raw=None, vocab_size=ROWS, given=None):
+    given = given or images()
+    key = {"crop": latent_key(given, "train", ten_crop=True)["crop"], "crops": 5, "vocab_size": vocab_size}
+    raw = ids(ROWS, views) if raw is None else raw
+    write(root, raw=raw, encoded="int64", images=given, flip=views == 10, **key)
+
+
+@pytest.mark.parametrize(("flip", "views"), [(True, 10), (False, 5)])
+def test_every_crop_is_read_once_in_ten_epochs(tmp_path, flip, views):
+    """Of images that are not mirrored, every one of the five once in five epochs."""
+    write_ten(tmp_path)
+    rows = opened(tmp_path, images(flip=flip), ten_crop=True, seed=3).train_set
+    keys = [22, 1, 7, 13]
+    seen = []
+    for epoch in range(3 * views):
+        batch = rows.__getitems__([RowKey(epoch, i) for i in keys])
+        assert batch["raw"].dtype == torch.int64 and batch["raw"][:, 0].tolist() == keys
+        assert batch["label"].tolist() == [i % 7 for i in keys]
+        seen.append(batch["raw"][:, 1])
+    orders = torch.stack(seen).view(3, views, len(keys)).permute(0, 2, 1)  # (round, row, view)
+    assert torch.equal(orders.sort().values, torch.arange(views).expand_as(orders))
+    assert len({tuple(order) for order in orders.flatten(0, 1).tolist()}) >= 10, "each row and round has its own"
+
+
+def test_crops_are_drawn_evenly():
+    counts = np.bincount([drawn_view(0, RowKey(2, row), 10) for row in range(20_000)], minlength=10)
+    assert abs(counts / 2000 - 1).max() < 0.08  # four standard deviations of a fair draw
+
+
+def test_a_run_on_ten_crops_goes_on_within_an_epoch_with_any_number_of_processes(tmp_path):
+    write_ten(tmp_path)
+    loader = opened(tmp_path, ten_crop=True).train_dataloader()
+    unbroken = [batch["raw"] for _ in range(2) for batch in loader]
+    first = opened(tmp_path, ten_crop=True, num_workers=2).train_dataloader()
+    part = iter(first)
+    started = [next(part)["raw"] for _ in range(3)]
+    resumed = opened(tmp_path, ten_crop=True).train_dataloader()
+    resumed.load_state_dict(first.state_dict())
+    found = [*started, *(batch["raw"] for _ in range(2) for batch in resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(found, unbroken, strict=True))
+    data = opened(tmp_path, ten_crop=True)
+    ranks = [[*data._sampler(data.train_set, shuffle=True, rank=rank, world_size=2)] for rank in range(2)]
+    together = [key for pair in zip(*ranks, strict=True) for key in pair]
+    assert torch.equal(data.train_set.__getitems__(together)["raw"], torch.cat(unbroken[:5]))
+
+
+def test_held_out_rows_of_ten_crops_are_the_centre(tmp_path):
+    write_ten(tmp_path)
+    data = opened(tmp_path, ten_crop=True, val_length=6)
+    for epoch in range(4):
+        assert (data.val_set.__getitems__([RowKey(epoch, i) for i in range(6)])["raw"][:, 1] == CENTRE).all()
+
+
+def test_ten_crops_and_centres_are_not_taken_for_each_other(tmp_path):
+    write(tmp_path)
+    with pytest.raises(ValueError, match=r"made with crop='adm', but 'corners and centre of 17' is asked for"):
+        opened(tmp_path, ten_crop=True)
+    write_ten(tmp_path / "ten")
+    with pytest.raises(ValueError, match=r"made with crop='corners and centre of 17', but 'adm' is asked for"):
+        opened(tmp_path / "ten")
+
+
+def test_validation_beside_ten_crops_is_plain(tmp_path):
+    write_ten(tmp_path)
+    write(tmp_path, "val", raw=ids(6, 1), rows=6, encoded="int64", flip=False, vocab_size=ROWS)
+    data = opened(tmp_path, ten_crop=True)
+    assert [n for batch in data.val_dataloader() for n in batch["raw"][:, 0].tolist()] == list(range(6))
+
+
+@pytest.mark.parametrize(("vocab_size", "found"), [(ROWS - 1, ROWS - 1), (ROWS - 3, ROWS - 2)])
+def test_an_id_outside_of_the_vocabulary_is_an_error_that_names_it(tmp_path, vocab_size, found):
+    write_ten(tmp_path, vocab_size=vocab_size)
+    rows = opened(tmp_path, ten_crop=True).train_set
+    assert rows.__getitems__([RowKey(0, 3)])["raw"][0, 0] == 3
+    keys = [RowKey(0, i) for i in (4, found, 5)]
+    with pytest.raises(
+        ValueError, match=rf"train' holds the id {found} in row {found}, .* 0\.\.{vocab_size - 1}: delete"
+    ):
+        rows.__getitems__(keys)
+
+
+def test_a_negative_id_is_an_error(tmp_path):
+    raw = ids(ROWS, 10).int()
+    raw[7] = -1
+    write_ten(tmp_path, raw=raw)
+    with pytest.raises(ValueError, match=r"holds the id -1 in row 7"):
+        opened(tmp_path, ten_crop=True).train_set.__getitems__([RowKey(0, 7)])
 
 
 def test_images_that_are_not_mirrored_leave_the_mirror_images_unread(tmp_path):
@@ -159,6 +255,9 @@ def test_how_images_are_read_is_no_part_of_the_key():
     for other in (images(exif=False), images(limit_n=9), images(columns={"image": "jpg"}), images(split="test")):
         assert latent_key(other, "train") != latent_key(images(), "train")
     assert latent_key(ShapesData(32), "train") != latent_key(ShapesData(32, label_by="shape"), "train")
+    ten = latent_key(images(), "train", ten_crop=True)
+    assert ten == latent_key(images(), "train") | {"crop": "corners and centre of 17"}
+    assert latent_key(images(), "val", ten_crop=True) == latent_key(images(), "val"), "only training is cropped"
     json.dumps(latent_key(images(columns={"image": "jpg"}), "val"))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.transforms import center_crop, flip_horizontal, size_before_crop, to_uint8_chw
+from datamodules.transforms import center_crop, enlarged, five_crop, flip_horizontal, size_before_crop, to_uint8_chw
 
 CROPS = [  # width, height, size, sum of bytes, pixel [size // 2, size // 3], first 16 hex digits of sha256
     (613, 427, 256, 25057867, (178, 99, 141), "a5861edc80e066c0"),
@@ -70,3 +70,18 @@ def test_center_crop_halves_at_exactly_twice_the_size():
 )
 def test_size_before_crop(width, height, size, wanted):
     assert size_before_crop(width, height, size) == wanted
+
+
+def test_five_crops_are_the_corners_and_the_centre():
+    images = torch.arange(2 * 7 * 9).view(2, 1, 7, 9)
+    found = five_crop(images, 4)
+    corners = [(0, 0), (0, 5), (3, 0), (3, 5), (2, 2)]  # (7 - 4) / 2 and (9 - 4) / 2, rounded half to even
+    assert [crop.shape for crop in found] == [(2, 1, 4, 4)] * 5
+    for crop, (top, left) in zip(found, corners, strict=True):
+        assert torch.equal(crop, images[..., top : top + 4, left : left + 4])
+
+
+def test_the_picture_of_ten_crops_is_a_tenth_larger():
+    """281 for 256, as `int(256 * 1.1)` in the official script; its centre starts at row 12 of a margin of 25."""
+    assert [enlarged(size) for size in (256, 64, 20, 8)] == [281, 70, 22, 8]
+    assert five_crop(torch.arange(281).view(1, 1, 281).expand(1, 281, 281), 256)[4][0, 0, 0] == 12

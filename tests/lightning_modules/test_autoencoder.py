@@ -104,27 +104,6 @@ def test_noise_is_drawn_from_the_given_generator():
     assert torch.equal(drawn["loss"], module.losses(images, noise)["loss"])
 
 
-def test_vq_loss_and_straight_through_gradient():
-    module = build(vq_tokenizer(), disc_weight=0.0, reduction="mean", commitment_weight=0.7, codebook_weight=0.2)
-    images, vae = pictures(), module.tokenizer.vae
-    found = module.losses(images, None)
-    encoded = vae.encode(from_uint8(images))
-    codes = vae.codes(vae.quantize.nearest(encoded), 8)
-    torch.testing.assert_close(found["commitment"], (encoded - codes).square().mean())
-    torch.testing.assert_close(found["codebook"], found["commitment"])
-    torch.testing.assert_close(found["loss"], found["rec"] + 0.9 * found["commitment"])
-
-    grads = gradients(found["loss"], module.tokenizer.vae)
-    latents = codes.detach().requires_grad_()
-    rec = (vae.decode(latents) - from_uint8(images)).abs().mean()
-    (at_codes,) = torch.autograd.grad(rec, latents)
-    at_encoder = at_codes + 0.7 * 2 * (encoded - codes).detach() / encoded.numel()
-    expected = torch.autograd.grad(encoded, vae.quant_conv.weight, at_encoder, retain_graph=True)[0]
-    torch.testing.assert_close(grads["quant_conv.weight"], expected, atol=1e-6, rtol=1e-4)
-    (expected,) = torch.autograd.grad(0.2 * (encoded.detach() - codes).square().mean(), vae.quantize.embedding.weight)
-    torch.testing.assert_close(grads["quantize.embedding.weight"], expected)
-
-
 @pytest.fixture
 def perceptual_files(monkeypatch, tmp_path) -> dict[str, str]:
     """A small network in VGG's place, and its two files."""
@@ -224,7 +203,7 @@ def test_reconstruction_takes_the_mean_or_the_codes(make):
     vae = module.tokenizer.vae
     encoded = vae.encode(from_uint8(images))
     kl = isinstance(module.tokenizer, KLVAETokenizer)
-    latents = encoded.chunk(2, dim=1)[0] if kl else vae.codes(vae.quantize.nearest(encoded), 8)
+    latents = encoded.chunk(2, dim=1)[0] if kl else vae.quantize.latents(vae.quantize.nearest(encoded), 8)
     torch.testing.assert_close(module.reconstruct(images), vae.decode(latents))
     assert module.training and not module.reconstruct(images).requires_grad
 
@@ -251,6 +230,7 @@ def test_ids_have_no_scale():
         (lambda: AutoencoderModule(kl_tokenizer(weights="x.ckpt")), "weights is 'x.ckpt'.*give OFFICIAL="),
         (lambda: AutoencoderModule(kl_tokenizer()), "16 pixels are too small .* 3 layers, which needs 24"),
         (lambda: AutoencoderObjective(kl_weight=-1), "objective.kl_weight is -1: a weight cannot be negative"),
+        (lambda: AutoencoderObjective(entropy_temperature=0), "entropy_temperature is 0: it must be positive"),
         (lambda: AutoencoderObjective(l1_weight=0), "nothing compares the reconstruction"),
         (lambda: AutoencoderObjective(perceptual_weight=1), "needs the files objective.vgg .* or set it to 0"),
         (lambda: AutoencoderObjective(perceptual_weight=1, vgg="x"), "needs the files"),
