@@ -3,6 +3,8 @@
 Convention everywhere: uncond + cfg_scale (cond - uncond), off at 1. A paper's w is cfg_scale - 1.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,14 @@ def interval_scale(t: Tensor, scale: float, interval: tuple[float, float]) -> fl
     low, high = interval
     inside = bool(t < high) and (low == 0 or bool(t > low))
     return scale if inside else 1.0
+
+
+def power_cosine_scale(cfg_scale: float, step: int, num_steps: int, power: float) -> float:
+    """Guidance of step 0..num_steps-1 that grows along half a cosine of (step / num_steps)^power, from 1 to cfg_scale.
+
+    MDT (Gao et al. 2023); RAR `modeling/rar.py`. With power 0 it is cfg_scale at every step, also the first.
+    """
+    return 1 + (cfg_scale - 1) * (1 - math.cos(math.pi * (step / num_steps) ** power)) / 2
 
 
 def for_branches(x: Tensor, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layers.random import Generators
 from layers.tokenizers.base import Tokenizer, from_uint8
+from lightning_modules.base import eval_mode
 
 
 class Editable(nn.Module):
@@ -48,16 +49,12 @@ class Editable(nn.Module):
         check_sizes(images, mask, len(labels), self.tokenizer.image_size)
         mask = mask.expand(len(images), *mask.shape[-2:])
         unknown = unknown_tokens(mask, self.tokenizer.grid)
-        was_training = self.training
-        self.eval()
-        try:
+        with eval_mode(self):
             x = self.tokenizer({"image": images}, generator).x
             for rows in groups(unknown.sum(1)):
                 own = [generator[i] for i in rows.tolist()] if isinstance(generator, Sequence) else generator
                 x[rows] = self.redraw(x[rows], unknown[rows], labels[rows], sampling or self.sampling, own).to(x.dtype)
             drawn = self.tokenizer.decode(x).float()
-        finally:
-            self.train(was_training)
         return torch.where(mask[:, None], drawn, from_uint8(images))
 
 

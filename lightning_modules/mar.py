@@ -22,6 +22,7 @@ from layers.guidance import for_branches
 from layers.heads.base import OneShotHead
 from layers.heads.choice import HeadConfig, make_head
 from layers.networks.mar import MAR, MARConfig
+from layers.orders import scan_order
 from layers.patch import channel_major_to_ours, ours_to_channel_major
 from layers.precision import compute_dtype
 from layers.random import Generators, mix_seed, randn
@@ -116,6 +117,9 @@ class MARModule(Editable, GenerativeModule):
         sizes = {"token_dim": self.tokenizer.token_dim, "vocab_size": self.tokenizer.vocab_size}
         self.net = MAR(config, seq_len=self.tokenizer.seq_len, num_classes=num_classes, **sizes)
         self.head = make_head(self.head_config, self.net.decoder_width, **sizes)
+        order = self.net.config.order
+        scan = torch.tensor(scan_order("raster" if order == "random" else order, self.tokenizer.grid))
+        self.register_buffer("scan", scan, persistent=False)  # what `orders` are where they are not random
         self._captured: Graphed | None = None  # the trunk, by prepare_sampling
         self.save_arguments(
             tokenizer=self.tokenizer,
@@ -192,8 +196,7 @@ class MARModule(Editable, GenerativeModule):
         """Orders (B, L) from random keys (B, L): last revealed first, but for causal trunks in order of generation."""
         if self.net.config.order == "random":
             return keys.argsort(dim=1)
-        raster = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
-        return raster if self.causal else raster.flip(1)
+        return (self.scan if self.causal else self.scan.flip(0)).expand(len(keys), -1)
 
     def num_masked(self, generator: Generator | None) -> int:
         """Masked tokens of this step, one number for all images and processes, drawn on the host.
@@ -283,10 +286,10 @@ class MARModule(Editable, GenerativeModule):
         self, x: Tensor, unknown: Tensor, labels: Tensor, sampling: MARSampling, generator: Generators
     ) -> Tensor:
         """See Editable; iterations are at most as many as tokens are drawn."""
-        if self.causal and self.net.config.order == "raster":
+        if self.causal and self.net.config.order != "random":
             raise ValueError(
-                "a causal trunk of raster order cannot edit: it draws each token from those above and before it, and "
-                "never sees known ones after; train with net.order=random or net.attention=bidirectional"
+                f"a causal trunk of {self.net.config.order} order cannot edit: it draws each token from those before "
+                f"it, and never sees known ones after; train with net.order=random or net.attention=bidirectional"
             )
         count = int(unknown[0].sum())
         orders = self.orders(randn(unknown.shape, generator, device=self.device))

@@ -17,6 +17,7 @@ from layers.checks import check_positive
 from layers.embed import SplitLabelEmbedder
 from layers.gather import put, take
 from layers.kv_cache import KVCache
+from layers.orders import Scan
 
 
 @dataclass
@@ -35,7 +36,7 @@ class MARConfig:
     proj_dropout: float = 0.1
     norm_eps: float = 1e-6
     attention: Literal["bidirectional", "causal"] = "bidirectional"  # causal: one token at a time, with a KV cache
-    order: Literal["random", "raster"] = "random"
+    order: Literal["random", Scan] = "random"
     grad_checkpointing: bool = False  # recompute the trunk's blocks in the backward pass; the head's are kept
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layers.attention import Attention
+from layers.attention import Attention, NormedAttention, PlainAttention
 from layers.rope import apply_rope, axial_rope
 
 
@@ -64,3 +64,18 @@ def test_proj_dropout_acts_on_the_output_and_attn_dropout_does_not():
 def test_width_must_be_divisible_by_the_heads():
     with pytest.raises(ValueError, match="width 10 is not divisible by num_heads 4"):
         Attention(10, 4)
+
+
+@torch.no_grad()
+def test_normed_attention_is_plain_attention_of_normed_queries_and_keys():
+    """In all three forms."""
+    normed, plain, x = NormedAttention(8, 2), PlainAttention(8, 2), torch.randn(2, 5, 8)
+    for p in normed.parameters():
+        torch.nn.init.normal_(p)
+    plain.proj.load_state_dict(normed.proj.state_dict())
+    q, k, v = normed.qkv(x).view(2, 5, 3, 2, 4).unbind(2)
+    plain.qkv = torch.nn.Identity()
+    made = torch.stack([normed.q_norm(q), normed.k_norm(k), v], dim=2).flatten(2)  # what plain's layer would give
+    torch.testing.assert_close(normed(x), plain(made))
+    torch.testing.assert_close(normed.causal(x), plain.causal(made))
+    torch.testing.assert_close(normed.query(x, x[:, 1:3]), normed(x)[:, 1:3], atol=1e-5, rtol=1e-5)

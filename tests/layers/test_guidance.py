@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layers.guidance import cfg, for_branches, interval_scale
+from layers.guidance import cfg, for_branches, interval_scale, power_cosine_scale
 from layers.samplers.ode import uniform_times
 
 
@@ -33,6 +33,14 @@ def test_interval_is_open_at_both_ends_in_float32(t, interval, inside):
 def test_heun_grid_of_fifty_has_six_unguided_points_below_a_tenth():
     scales = [interval_scale(t, 3.0, (0.1, 1.0)) for t in uniform_times(50)[:-1]]
     assert scales == [1.0] * 6 + [3.0] * 44
+
+
+@pytest.mark.parametrize(
+    ("power", "scales"),
+    [(0.0, [5.0] * 4), (1.0, [1.0, 1.5858, 3.0, 4.4142]), (2.0, [1.0, 1.0384, 1.5858, 3.3902])],
+)
+def test_power_cosine_rises_from_one_and_is_constant_at_power_zero(power, scales):
+    assert [power_cosine_scale(5.0, step, 4, power) for step in range(4)] == pytest.approx(scales, abs=1e-4)
 
 
 def test_branches_are_one_batch_conditional_rows_first():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from layers.gather import put, take
+from layers.orders import scan_order
 from layers.samplers.masked import mask_lengths
 from layers.tokenizers.pixels import PixelTokenizer
 from lightning_modules.mar import HeadConfig, MARConfig, MARModule, MARObjective, MARSampling
@@ -178,3 +179,13 @@ def test_falling_step_counts_reach_the_head(attention):
     module.sample([0], MARSampling(num_iter=4, num_steps=20, num_steps_last=5))
     assert len(seen) == (4 if attention == "bidirectional" else 16)
     assert seen[0] == 20 and seen[-1] == 5 and seen == sorted(seen, reverse=True)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_every_named_scan_is_an_order(attention):
+    """The names are RAR's; bidirectional orders reveal their last place first."""
+    module, keys = build(attention, "spiral_in"), torch.rand(2, 16)
+    order = module.orders(keys)[0].tolist()
+    assert (order if attention == "causal" else order[::-1]) == scan_order("spiral_in", (4, 4))
+    assert module.sample([0, 1], MARSampling(num_iter=4, num_steps=5)).shape == (2, 3, 8, 8)
+    assert "scan" not in module.state_dict()
