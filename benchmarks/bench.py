@@ -75,12 +75,14 @@ def fill_in(options: argparse.Namespace, sizes: Sizes, module: GenerativeModule)
 
 
 def random_batch(module: GenerativeModule, size: int, device: str) -> dict[str, torch.Tensor]:
-    """Random images, or where a frozen tokenizer makes the tokens, what a cache holds of such an image."""
+    """Random images, with blank texts or maps where the module wants some; or where a frozen tokenizer makes the
+    tokens, what a cache holds of such an image."""
     side = module.tokenizer.image_size
     label = torch.randint(0, module.num_classes, (size,), device=device)
     image = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, device=device)
     if not module.tokenizer.frozen:
-        return {"image": image, "label": label}
+        blank = module.blank_batch(size, device) if hasattr(module, "blank_batch") else {}
+        return {**blank, "image": image, "label": label}
     module.tokenizer.loaded = True  # random weights will do
     raw = module.tokenizer.encode_image(image[:1])
     return {"raw": raw.repeat(size, *[1] * (raw.ndim - 1)), "label": label}

@@ -12,11 +12,13 @@ SHORT, MORE = 0.1, 10  # seconds of a plain call; as many times more, since sing
 
 
 class Part(NamedTuple):
-    """One piece of work in both ways; each call starts from nothing, so that calls can be repeated."""
+    """One piece of work in both ways; each call starts from nothing, so that calls can be repeated. `timed`: False for
+    tensors on the meta device, of which only the memory says something."""
 
     name: str
     plain: Callable[[], object]
     ours: Callable[[], object]
+    timed: bool = True
 
 
 def time_parts(parts: Iterable[Part], *, device: str, repeats: int) -> list[dict[str, Any]]:
@@ -25,19 +27,23 @@ def time_parts(parts: Iterable[Part], *, device: str, repeats: int) -> list[dict
     for part in parts:
         calls = part.plain, part.ours
         peaks = [peak_bytes(call, device) for call in calls]
+        if not part.timed:
+            rows.append(row(part.name, None, peaks))
+            continue
         once, _ = measure(calls, device=device, repeats=1, warmup=0)
         rounds = repeats * (MORE if once.median < SHORT else 1)
         rows.append(row(part.name, measure(calls, device=device, repeats=rounds, warmup=0), peaks))
     return rows
 
 
-def row(name: str, measured: list[Measured], peaks: list[int]) -> dict[str, Any]:
-    plain, ours = measured
+def row(name: str, measured: list[Measured] | None, peaks: list[int]) -> dict[str, Any]:
+    """Figures of both ways, the plain one first; those of time are None without measured ones."""
+    plain, ours = [m.median for m in measured] if measured else (None, None)
     return {
         "part": name,
-        "plain_ms": plain.median * 1000,
-        "ours_ms": ours.median * 1000,
-        "time_ratio": plain.median / ours.median,
+        "plain_ms": plain and plain * 1000,
+        "ours_ms": ours and ours * 1000,
+        "time_ratio": plain and plain / ours,
         "plain_mb": peaks[0] / 1e6,
         "ours_mb": peaks[1] / 1e6,
         "memory_ratio": peaks[0] / peaks[1] if peaks[1] else None,
@@ -52,9 +58,8 @@ def show_parts(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         table.add_row(
             r["part"],
-            f"{r['plain_ms']:.2f}",
-            f"{r['ours_ms']:.2f}",
-            f"{r['time_ratio']:.2f}x",
+            *(f"{r[name]:.2f}" if r[name] else "-" for name in ("plain_ms", "ours_ms")),
+            f"{r['time_ratio']:.2f}x" if r["time_ratio"] else "-",
             f"{r['plain_mb']:.3f}",
             f"{r['ours_mb']:.3f}",
             f"{r['memory_ratio']:.2f}x" if r["memory_ratio"] else "-",

@@ -25,6 +25,15 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # What torch.compile's partitioner saves, over the inputs and outputs of matmuls and attention: 117.1/99.1 MB per image
 # of JiT-B/16, 309.0/261.7 MB of L/16 (bf16, torch 2.15)
 COMPILED_KEEPS = 1.18
+# Batches that bytes are counted of, of a size that devices hold. Of a few images a head that works in chunks has one
+# chunk, whose outputs are kept, of more it keeps none (layers/heads/chunked.py): a second image may then add less than
+# nothing
+COUNTED_BATCHES = (64, 65)
+# Steps of causal networks, one token at a time with a cache, and what a step does besides its arithmetic
+STEPS: dict[str, Callable[..., Any]] = {
+    "step": lambda *args: None,
+    "step_image": lambda token, cache: cache.own.advance(1),
+}
 
 
 class Activations(NamedTuple):
@@ -105,14 +114,18 @@ def fake_batch(module: GenerativeModule, size: int, device: str, *, cached: bool
 
 
 def count_activations(config: dict[str, Any]) -> Activations:
-    """With fake tensors, which have shapes and types but no memory, and which autocast treats as it does real ones."""
+    """With fake tensors, which have shapes and types but no memory, and which autocast treats as it does real ones.
+
+    Per image: the difference of two batches.
+    """
     precision = config["trainer"].get("precision", "32-true")
     with FakeTensorMode():
         module = _without_files(instantiate(config["model"], "model").train())
-        batches = [fake_batch(module, size, "cpu", cached=is_cached(config)) for size in (1, 2)]
-        (eager_1, matmul_1), (eager_2, matmul_2) = (_kept_bytes(module, batch, precision) for batch in batches)
-    eager = eager_2 - eager_1
-    return Activations(eager, min(eager, COMPILED_KEEPS * (matmul_2 - matmul_1)), max(0, eager_1 - eager))
+        batches = [fake_batch(module, size, "cpu", cached=is_cached(config)) for size in COUNTED_BATCHES]
+        fewer, more = (_kept_bytes(module, batch, precision) for batch in batches)
+    eager, matmuls = (b - a for a, b in zip(fewer, more, strict=True))
+    copies = max(0, fewer[0] - COUNTED_BATCHES[0] * eager)
+    return Activations(eager, min(eager, COMPILED_KEEPS * matmuls), copies)
 
 
 def _kept_bytes(module: GenerativeModule, batch: dict[str, Tensor], precision: str) -> tuple[int, int]:
@@ -161,17 +174,21 @@ def sampling_flops(module: GenerativeModule) -> int:
 
         return call
 
-    def counted_at_both_ends(step: Callable[..., Any], last: int) -> Callable[..., Any]:
-        """A causal network's step for tokens 0..last: what it costs grows linearly with the token's number."""
+    def counted_at_both_ends(step: Callable[..., Any], last: int, skip: Callable[..., Any]) -> Callable[..., Any]:
+        """A causal network's step for tokens 0..last: what it costs grows linearly with the token's number. `skip` does
+        to the step's arguments what is left to do where it is not run."""
         ends: list[int] = []
-        out = None
+        out, index = None, -1
 
-        def call(token: Tensor, index: int, cache: Any) -> Any:
-            nonlocal repeated, out
-            if index in (0, last):
-                with FlopCounterMode(display=False) as counter:
-                    out = step(token, index, cache)
-                ends.append(counter.get_total_flops())
+        def call(*args: Any) -> Any:
+            nonlocal repeated, out, index
+            index += 1
+            if index not in (0, last):
+                skip(*args)
+                return out
+            with FlopCounterMode(display=False) as counter:
+                out = step(*args)
+            ends.append(counter.get_total_flops())
             if index == last > 0:
                 repeated += (last - 1) * sum(ends) // 2
             return out
@@ -183,13 +200,19 @@ def sampling_flops(module: GenerativeModule) -> int:
     for part, name in parts:
         setattr(part, name, counted_once(getattr(part, name)))
     net = getattr(module, "net", None)
-    if hasattr(net, "step"):  # one token at a time, with a cache
-        net.step = counted_at_both_ends(net.step, module.tokenizer.seq_len - 2)
-        parts.append((net, "step"))
-    batch = fake_batch(module, 1, "meta")
-    image = module.packed(batch) if hasattr(module, "packed") else batch["image"]
+    for name, skip in STEPS.items():
+        if hasattr(net, name):
+            setattr(net, name, counted_at_both_ends(getattr(net, name), module.tokenizer.seq_len - 2, skip))
+            parts.append((net, name))
+
+    def draw() -> None:
+        if not hasattr(module, "reconstruct"):
+            module.sample([0])
+            return
+        batch = fake_batch(module, 1, "meta")
+        module.reconstruct(module.packed(batch) if hasattr(module, "packed") else batch["image"])
+
     try:
-        draw = (lambda: module.reconstruct(image)) if hasattr(module, "reconstruct") else (lambda: module.sample([0]))
         return count_flops(draw) + repeated
     finally:
         for part, name in parts:

@@ -24,7 +24,7 @@ from layers.samplers.autoregressive import autoregress
 from layers.text.base import TextTokenizer
 from layers.text.batches import TextBatch, label_batch
 from layers.tokenizers.base import Tokenizer, Tokens
-from lightning_modules.label_maps import eval_mode
+from lightning_modules.base import eval_mode
 
 Asked = Tensor | Sequence[int] | Sequence[str]  # what images are said to show: labels (B,), or B captions
 

@@ -3,17 +3,16 @@
 A module says what it predicts for a batch, `predict_maps`. In: batches of images with maps (datamodules/label_maps.py).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from layers.random import Generators
 from layers.tokenizers.base import Tokenizer
 from layers.tokenizers.label_map import LabelMapTokenizer, Maps
-from lightning_modules.base import Batch, GenerativeModule, batch_rows, sum_over_ranks, to_uint8
+from lightning_modules.base import Batch, GenerativeModule, batch_rows, eval_mode, sum_over_ranks, to_uint8
 from lightning_modules.label_map_scores import (
     Sums,
     depth_figures,
@@ -92,7 +91,8 @@ class LabelMapModule(GenerativeModule):
         super().validation_step(batch, batch_idx)
         if self._scored * self.trainer.world_size < self.score_images:
             self._scored += batch_rows(batch)
-            for name, value in self.scores(batch, self._step_generator("score", batch_idx)).items():
+            generators = self._row_generators("score", batch_idx, batch_rows(batch))
+            for name, value in self.scores(batch, generators).items():
                 self._score_sums[name] = self._score_sums.get(name, 0.0) + value
 
     def on_validation_epoch_end(self) -> None:
@@ -154,14 +154,3 @@ class LabelMapModule(GenerativeModule):
         with eval_mode(self):
             maps = self.predict_maps(originals[:, :3].to(torch.uint8), originals[:, 3:], generator)
         return self.tokenizer.picture(maps)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the mode of before afterwards."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)

@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks.claims import digits, jit_prediction, jit_toy, ledger
 from benchmarks.claims.ledger import Claim, Places
 from tests.test_claims_givt import TINY_MIXTURE, TINY_SAMPLING
+from tests.test_claims_jetformer import TINY_FLOW, TINY_RECIPE
 from tests.test_claims_mar import TINY_HEAD, TINY_LOSS
 
 TINY = {
@@ -43,6 +44,8 @@ TINY = {
     "mar_head": TINY_HEAD,
     "givt_mixture": TINY_MIXTURE,
     "givt_sampling": TINY_SAMPLING,
+    "jetformer_flow": TINY_FLOW,
+    "jetformer_recipe": TINY_RECIPE,
 }
 
 

@@ -54,10 +54,9 @@ def test_sampling_without_the_interval_takes_198_forwards():
     assert flops / 1e12 == pytest.approx(10.0, abs=0.05)
 
 
-def test_a_causal_decode_is_counted_by_its_first_and_last_step():
-    module = on_meta(
-        "givt_digits", "--model.init_args.net.depth=1", "--model.init_args.tokenizer.init_args.patch_size=4"
-    )
+@pytest.mark.parametrize("experiment", ["givt_digits", "jetformer_digits"])
+def test_a_causal_decode_is_counted_by_its_first_and_last_step(experiment):
+    module = on_meta(experiment, "--model.init_args.net.depth=1", "--model.init_args.tokenizer.init_args.patch_size=4")
     plain = count_flops(lambda: module.sample([0]))
     assert costs.sampling_flops(module) == plain > 0
 
@@ -92,6 +91,18 @@ def test_activations_are_those_that_a_real_step_saves():
     found = costs.count_activations(config)
     assert found.eager == pytest.approx((saved[1] - saved[0]) / 2, rel=1e-3)
     assert found.compiled < found.eager and found.weight_copies < 1e4, "float32 casts no weights"
+
+
+def test_outputs_of_a_head_in_chunks_are_not_kept():
+    """They would be of a few images, which are a single chunk; what an image costs is what it adds to many."""
+    sizes = ("net.width=64", "net.depth=1", "net.mlp_hidden=64", "flow.depth=2", "flow.width=64", "flow.block_depth=1")
+    changes = [f"--model.init_args.{size}" for size in ("tokenizer.init_args.image_size=64", *sizes)]
+    config = load_config("jetformer", changes)
+    module = costs.build(config)
+    outputs = 4 * module.tokenizer.seq_len * module.head.linear.out_features  # bytes of one image's
+    found = costs.count_activations(config)
+    assert 0 < found.compiled <= found.eager < outputs / 5
+    assert 0 <= found.weight_copies < sum(p.nbytes for p in module.parameters())
 
 
 def test_views_of_one_tensor_count_once_and_known_ones_not():

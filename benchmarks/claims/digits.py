@@ -21,6 +21,7 @@ from benchmarks.judge_digits import judge
 from datamodules.base import TensorRows
 from datamodules.digits import SIDE, DigitsData
 from layers.random import mix_seed
+from layers.tokenizers.dequantised import DequantisedTokenizer
 from lightning_modules.base import Batch, GenerativeModule, to_uint8
 from lightning_modules.callbacks.ema import EMA
 from lightning_modules.extractors import RandomConvolutions
@@ -30,6 +31,8 @@ from lightning_modules.scores import frechet_distance
 
 CLASSES = 10
 LARGE = 32  # pixels at which distances are taken
+LEVELS = 17  # grey values of the digits
+VALIDATION = "validation"  # group of figures on validation rows
 FIGURES = {
     "fd_randconv": "`fd_randconv`",
     "accuracy": "read as asked",
@@ -95,6 +98,21 @@ def train(
         optimizer.step()
         average.update(module)
     return average
+
+
+def dequantised(patch_size: int) -> DequantisedTokenizer:
+    """Tokens of the stored digits with their density. Among 256 levels a model's first gain is to find those that never
+    occur, by scales so small that it takes thousands of steps."""
+    return DequantisedTokenizer(SIDE, patch_size, channels=1, levels=LEVELS)
+
+
+@torch.no_grad()
+def validate(module: GenerativeModule, average: EMA, batch: Batch, noise_draws: int) -> Cell:
+    """What the loss tells of the averaged weights, means over draws of the noise in the tokens."""
+    module.eval()
+    with average.weights(module, average.names[0]):
+        draws = [module.training_loss(batch, Generator().manual_seed(i)) for i in range(noise_draws)]
+    return {name: mean([terms[name].item() for terms in draws]) for name in draws[0]}
 
 
 def draw_samples(

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.claims import digits, givt_models
-from benchmarks.claims.digits import FIGURES, REAL, figure
-from benchmarks.claims.givt_models import KNOWN, LIKELIHOOD, MODEL, PROCESS, USAGE, VALIDATION, Model, Way
+from benchmarks.claims.digits import FIGURES, REAL, VALIDATION, figure
+from benchmarks.claims.givt_models import KNOWN, LIKELIHOOD, MODEL, PROCESS, USAGE, Model, Way
 from benchmarks.claims.ledger import Cell, Claim, Settings, command, markdown_table
 from experiments.errors import one_line_errors
 from lightning_modules.givt import GIVTSampling

@@ -5,23 +5,21 @@ vectors of 2 numbers of `datamodules.synthetic.MixtureData`. A cell trains one m
 rows and a group of figures for each way in which it is sampled.
 """
 
-import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from benchmarks.claims import digits
-from benchmarks.claims.ledger import Cell, Settings, mean
+from benchmarks.claims.digits import VALIDATION
+from benchmarks.claims.ledger import Cell, Settings
 from datamodules.digits import SIDE
 from datamodules.synthetic import MixtureData, VectorRows
 from layers.flows.adapter import AdapterConfig
 from layers.networks.givt import GIVTConfig
-from layers.patch import patchify, unpatchify
-from layers.random import Generators, mix_seed, randn
+from layers.random import mix_seed
 from layers.tokenizers.base import Tokenizer, Tokens, to_uint8
-from layers.tokenizers.pixels import PixelTokenizer
 from layers.tokenizers.vectors import VectorTokenizer
 from lightning_modules.base import Batch
 from lightning_modules.callbacks.ema import EMA
@@ -49,42 +47,9 @@ MODEL = {
 }
 PROCESS = {"image_size": 4, "token_dim": 2, "num_modes": 4, "num_classes": 4}  # MixtureData's
 DIGITS, KNOWN = "digits", "known entropy"
-VALIDATION = "validation"  # group of the figures on validation rows
 LIKELIHOOD = {"nats_per_token": "nats per token", "bpd": "bits per pixel"}
 USAGE = {"component_entropy": "entropy of components", "component_spread": "spread of components"}
 OWN_NATS = "own_nats"  # of samples, under the model that drew them
-
-
-class DigitLevels(PixelTokenizer):
-    """As DequantisedTokenizer, of grey images with the levels 0..16 alone, each 1/17 of [-1, 1].
-
-    Among 256 levels a density's first gain is to find those that never occur, by scales so small that square-plus
-    reaches them in thousands of steps.
-    """
-
-    LEVELS = 17
-
-    def __init__(self, image_size: int, patch_size: int) -> None:
-        super().__init__(image_size, patch_size, channels=1)
-
-    def init_args(self) -> dict[str, Any]:
-        return {"image_size": self.image_size, "patch_size": self.patch_size}
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W), three equal channels -> levels (B, 1, H, W)."""
-        levels = super().encode_image(images)[:, :1].float() * (self.LEVELS - 1) / 255
-        return levels.round().to(torch.uint8)
-
-    def encode_raw(self, raw: Tensor, generator: Generators = None) -> Tokens:
-        uniform = torch.special.ndtr(randn(raw.shape, generator, device=raw.device))
-        x = (raw + uniform) * 2 / self.LEVELS - 1
-        logdet = torch.full((len(raw),), math.log(2 / self.LEVELS) * raw[0].numel(), device=raw.device)
-        return Tokens(patchify(x, self.patch_size), logdet)
-
-    def decode(self, x: Tensor) -> Tensor:
-        """The images of the levels that tokens lie in."""
-        levels = ((unpatchify(x, self.patch_size, self.grid) + 1) * self.LEVELS / 2).floor().clamp(0, self.LEVELS - 1)
-        return (levels * 2 / (self.LEVELS - 1) - 1).expand(-1, 3, -1, -1)
 
 
 class Model(NamedTuple):
@@ -130,7 +95,7 @@ def build(model: Model, settings: Settings, seed: int) -> GIVTModule:
 
 def make_tokenizer(rows: str) -> Tokenizer:
     if rows == DIGITS:
-        return DigitLevels(SIDE, PATCH)
+        return digits.dequantised(PATCH)
     return VectorTokenizer(PROCESS["image_size"], PROCESS["token_dim"])
 
 
@@ -138,7 +103,7 @@ def train_and_validate(model: Model, settings: Settings, seed: int) -> tuple[GIV
     """The trained module, its average, and the average's figures on validation rows."""
     module, train, val = build(model, settings, seed), *make_rows(model.rows)
     average = digits.train(module, settings, seed, data=train, clip=settings["clip"])
-    return module, average, validate(module, average, val, settings["noise_draws"])
+    return module, average, digits.validate(module, average, val, settings["noise_draws"])
 
 
 def make_rows(rows: str) -> tuple[Batch, Batch]:
@@ -153,15 +118,6 @@ def known_rows() -> tuple[Batch, Batch]:
 
 def _vectors(rows: VectorRows) -> Batch:
     return {"raw": rows.z, "label": rows.labels, "true_nats": rows.true_nats}
-
-
-@torch.no_grad()
-def validate(module: GIVTModule, average: EMA, batch: Batch, noise_draws: int) -> Cell:
-    """What the loss tells of the averaged weights, means over draws of the noise in the tokens."""
-    module.eval()
-    with average.weights(module, average.names[0]):
-        draws = [module.training_loss(batch, Generator().manual_seed(i)) for i in range(noise_draws)]
-    return {name: mean([terms[name].item() for terms in draws]) for name in draws[0]}
 
 
 def compute(model: Model, settings: Settings, seed: int, ways: dict[str, Way]) -> tuple[Cell, dict[str, Tensor]]:
@@ -194,7 +150,7 @@ def setting(settings: Settings) -> str:
     """Data, model, training, figures: what all GIVT claims share."""
     return (
         f"scikit-learn's digits at {SIDE} px, grey, in {PATCH}x{PATCH} patches, dequantised at their own "
-        f"{DigitLevels.LEVELS} levels: {TOKENS} tokens of {PATCH**2} numbers. GIVT-Causal, {settings['width']} wide "
+        f"{digits.LEVELS} levels: {TOKENS} tokens of {PATCH**2} numbers. GIVT-Causal, {settings['width']} wide "
         f"and {settings['depth']} deep, no dropout, labels dropped at {settings['label_drop']:g}; {settings['steps']} "
         f"steps of {settings['batch']} images, AdamW, lr {settings['lr']:g} with a cosine, gradients clipped to norm "
         f"{settings['clip']:g}, average {settings['ema']}; of a seed all models see the same rows and noise; seeds "

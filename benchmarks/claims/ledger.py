@@ -27,7 +27,16 @@ import torch
 from experiments.errors import one_line_errors
 
 # modules of this folder, in the ledger's order
-CLAIMS = ("jit_toy", "jit_prediction", "mar_loss", "mar_head", "givt_mixture", "givt_sampling")
+CLAIMS = (
+    "jit_toy",
+    "jit_prediction",
+    "mar_loss",
+    "mar_head",
+    "givt_mixture",
+    "givt_sampling",
+    "jetformer_flow",
+    "jetformer_recipe",
+)
 ROOT = Path(__file__).parents[2]
 HEADER = """# Claims
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import Sizes
 from benchmarks.parts import Part
-from benchmarks.references.gmm import Draws, Mixture, draw, head_parts
+from benchmarks.references.gmm import HEADS, Draws, Mixture, draw, head_parts
 from layers.guidance import for_branches
 from layers.networks.givt import GIVT, GIVTBlock, SelfAttention
 from layers.precision import compute_dtype
@@ -231,7 +231,7 @@ class Reference:
         if self.module.causal:
             labels = torch.arange(batch, device=self.module.device) % self.module.num_classes
             yield self.cache_part(labels, self.module.sampling)
-        yield from head_parts(self.module.device.type)
+        yield from head_parts(HEADS[self.module.device.type], self.module.device.type)
 
     def cache_part(self, labels: Tensor, sampling: GIVTSampling) -> Part:
         def ours() -> Tensor:

@@ -6,7 +6,7 @@ maximum of p on 1001 points and tries 1000 proposals per number, all of them in 
 likelihood has the differences of all tokens and components in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ HEADS = {
     ),
 }
 CFG_SCALE = 1.4
+# JetFormer-B's head and the tokens of 16 images: on the host counted without computing, since it takes 26 GB plainly
+MEMORY = HeadSize("JetFormer-B", 128, 1024, 1024, 16 * 256, ())
 
 
 class Draws:
@@ -97,9 +99,9 @@ def rejection(cond: Gaussian, uncond: Gaussian, w: float, draws: Draws) -> Tenso
 # Parts
 
 
-def head_parts(device: str) -> Iterator[Part]:
+def head_parts(sizes: Iterable[HeadSize], device: str) -> Iterator[Part]:
     """Guidance alone, a guided draw from conditions to token, and the likelihood with its gradients."""
-    for size in HEADS[device]:
+    for size in sizes:
         yield from (guidance_part(size, tokens, device) for tokens in size.drawn)
         yield from (draw_part(size, tokens, device) for tokens in size.drawn)
         yield likelihood_part(size, device)
@@ -134,9 +136,9 @@ def draw_part(size: HeadSize, tokens: int, device: str) -> Part:
     return Part(f"guided draw, {size.name}, {tokens} tokens", plain, ours)
 
 
-def likelihood_part(size: HeadSize, device: str) -> Part:
+def likelihood_part(size: HeadSize, device: str, *, dtype: str = "float32") -> Part:
     """Mean over tokens, and its gradients in conditions and weights."""
-    head, draws = head_of(size, device), Draws(device)
+    head, draws = head_of(size, device, dtype), Draws(device)
     x, h = draws.normal(size.trained, size.token_dim), draws.normal(size.trained, size.width).requires_grad_()
 
     def gradients(nll: Tensor) -> tuple[Tensor, ...]:
@@ -146,5 +148,12 @@ def likelihood_part(size: HeadSize, device: str) -> Part:
     return Part(name, lambda: gradients(-head.log_prob(h, x)), lambda: gradients(head.nll(h, x)))
 
 
-def head_of(size: HeadSize, device: str) -> GMMHead:
-    return GMMHead(size.token_dim, size.width, num_mixtures=size.num_mixtures).to(device)
+def memory_part(device: str, size: HeadSize = MEMORY) -> Part:
+    """The likelihood's at full size; on the host of tensors that are shapes alone, so that nothing is timed."""
+    part = likelihood_part(size, "meta" if device == "cpu" else device, dtype="bfloat16")
+    return part._replace(timed=device != "cpu")
+
+
+def head_of(size: HeadSize, device: str, dtype: str = "float32") -> GMMHead:
+    with torch.device(device):
+        return GMMHead(size.token_dim, size.width, num_mixtures=size.num_mixtures, dtype=dtype)
