@@ -1,5 +1,6 @@
 """What a user sees of a mistake: one line that names the value and the cure. DEBUG=1 shows the traceback instead."""
 
+import errno
 import functools
 import os
 import re
@@ -15,6 +16,9 @@ except ImportError:  # only the command line for training needs it
 
     class ArgumentError(Exception):  # type: ignore[no-redef]
         """Stands in where jsonargparse is absent."""
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a disk says that takes no more
 
 
 def one_line_errors(main: Callable[[], Any]) -> Callable[[], Any]:
@@ -38,6 +42,8 @@ def one_line_errors(main: Callable[[], Any]) -> Callable[[], Any]:
 
 def describe(error: Exception) -> str:
     """The message in one line, without the command line parser's account of every type that it tried."""
+    if full := _disk_full(error):
+        return full
     text = re.sub(r"(?s)^Caught \w+ in DataLoader worker .*\n[\w.]*(?:Error|Exception): ", "", str(error))
     text = " ".join(text.split())
     text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*", "", text)
@@ -45,3 +51,17 @@ def describe(error: Exception) -> str:
     text = re.sub(r"Problem with given class_path '[^']*': ", "", text)
     text = re.sub(r'^(Parser key "[^"]*": )+', lambda match: match[1], text)
     return text
+
+
+def _disk_full(error: BaseException | None) -> str | None:
+    """The message where a disk is full, else None. Of all that fails then, what says most: ours, or what came first."""
+    faults = []
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            faults.append(error)
+        error = error.__cause__ or error.__context__
+    if not faults:
+        return None
+    ours = [fault for fault in faults if fault.strerror is None]
+    cure = "make room (checkpoints are untouched: training goes on with CKPT=last)"
+    return str(ours[0]) if ours else f"{faults[-1]}: {cure}"

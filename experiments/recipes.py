@@ -1,7 +1,12 @@
 """Which recipe files make an experiment, and where its runs lie."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_modules.weights import check_whole, is_zip
 
 FOLDER = Path(__file__).parent
 RUNS = Path("runs")  # relative to the working directory
@@ -29,23 +34,50 @@ def files(experiment: str) -> list[Path]:
 
 
 def find_checkpoint(experiment: str, wanted: str) -> Path:
-    """A checkpoint by path, or "last": the newest of the experiment's runs.
+    """A checkpoint by path, or "last": the newest of the experiment's runs that is whole.
 
-    Raises FileNotFoundError: a run never starts from scratch because a checkpoint was not found.
+    Raises FileNotFoundError: a run never starts from scratch because a checkpoint was not found; ValueError for a file
+    that is damaged.
     """
     if wanted != "last":
-        path = Path(wanted)
-        if path.is_file():
-            return path
-        raise FileNotFoundError(
-            f"no checkpoint at '{wanted}' (CKPT=): give a file, or 'last' for the newest of {experiment}"
-        )
-    found = sorted((RUNS / experiment).glob("*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
+        return _whole(Path(wanted), experiment)
+    found = newest_whole((RUNS / experiment).glob("*/checkpoints/*.ckpt"))
+    if found is None:
         raise FileNotFoundError(
             f"no checkpoint in '{RUNS / experiment}' (CKPT=last): train first, make train EXP={experiment}"
         )
-    return found[-1]
+    return found
+
+
+def _whole(path: Path, experiment: str) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at '{path}' (CKPT=): give a file, or 'last' for the newest of {experiment}"
+        )
+    if is_zip(path):  # what is none is no checkpoint of ours, and whoever reads it says so
+        try:
+            check_whole(path)
+        except ValueError as error:
+            raise ValueError(f"{error} (CKPT=): give another, or 'last' for the newest that is whole") from error
+    return path
+
+
+def newest_whole(paths: Iterable[Path]) -> Path | None:
+    """The newest file that reads well to its last byte; a damaged one is named in a warning and passed over."""
+    for path in sorted(paths, key=_time, reverse=True):
+        try:
+            check_whole(path)
+        except FileNotFoundError:  # a run that goes on meanwhile has replaced it
+            continue
+        except (ValueError, OSError) as error:
+            rank_zero_warn(f"{error}: passed over for an older checkpoint")
+            continue
+        return path
+    return None
+
+
+def _time(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def run_version(checkpoint: Path, experiment: str) -> str | None:

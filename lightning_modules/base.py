@@ -6,7 +6,8 @@ A method writes `training_loss`, `sample_tokens`, `official_rules` and builds `s
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,14 +18,16 @@ from torch import Generator, Tensor, nn
 
 from layers.checkpoint import check_fit
 from layers.precision import cast_linear_
-from layers.random import Generators, mix_seed
+from layers.random import Generators, mix_seed, row_generators
 from layers.tokenizers.base import Tokenizer, Tokens
 from layers.tokenizers.base import to_uint8 as to_uint8
 from lightning_modules.cache_check import check_cache
 from lightning_modules.config import as_config, as_tokenizer, tokenizer_config
 from lightning_modules.optim import OptimConfig, learning_rate, make_optimizer, param_groups
+from lightning_modules.pieces import whole
 from lightning_modules.pretrained import Pretrained
 from lightning_modules.protocol import Protocol
+from lightning_modules.sharding import gather, is_sharded, prepare_strategy, release
 from lightning_modules.tokenizer_weights import load_tokenizer_weights, with_frozen, without_frozen
 
 Batch = dict[str, Any]
@@ -120,6 +123,7 @@ class GenerativeModule(Pretrained, L.LightningModule):
                 f"--trainer.precision={self.trainer.precision} would round small updates away: use bf16-mixed, "
                 f"which keeps weights and averages in float32"
             )
+        prepare_strategy(self, self.trainer)
         load_tokenizer_weights(self.tokenizer)
         check_cache(self, self.trainer.datamodule)
         if stage == "fit" and self.init_from and self.trainer.ckpt_path is None:
@@ -128,6 +132,8 @@ class GenerativeModule(Pretrained, L.LightningModule):
     def on_fit_start(self) -> None:
         if self.compile_enabled and self.device.type != "cuda":
             rank_zero_info(f"compile: true acts on CUDA only, {self.device.type} runs eagerly")
+        elif self.compile_enabled and is_sharded(self):
+            rank_zero_info("compile: true acts on whole weights only, --trainer.strategy=fsdp2 runs eagerly")
         elif self.compile_enabled:
             for module in self.compiled_modules():
                 module.compile(dynamic=self.dynamic_shapes())  # in place: parameter names stay
@@ -146,13 +152,16 @@ class GenerativeModule(Pretrained, L.LightningModule):
         losses = self.training_loss(batch, self._step_generator("train", batch_idx))
         values = {f"train/{name}": value.detach() for name, value in losses.items()}
         if self._logs_this_step():
-            # the mean over ranks, only when it is written: an all-reduce at every step would be paid for nothing
-            values = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
+            # the mean over ranks, only when it is written: an all-reduce at every step would be paid for nothing; of
+            # copies, because it is done in place and each rank's own loss tells whose batch was bad
+            reduce = self.trainer.strategy.reduce
+            values = {name: reduce(value.clone(), reduce_op="mean") for name, value in values.items()}
         self.log_dict(values, batch_size=batch_rows(batch), prog_bar=True)
         return losses["loss"]
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums: dict[str, Tensor] = {}
+        gather(self)  # once: processes may differ in their number of batches
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         rows = batch_rows(batch)
@@ -163,6 +172,7 @@ class GenerativeModule(Pretrained, L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Means over images, exact for uneven ranks, where Lightning's own truncate the number of rows."""
         sums = sum_over_ranks({name: value.item() for name, value in self._val_sums.items()})
+        release(self)
         rows = sums.pop("rows", 0)
         self.log_dict({f"val/{name}": value / rows for name, value in sums.items()}, prog_bar=True)
 
@@ -194,6 +204,13 @@ class GenerativeModule(Pretrained, L.LightningModule):
             self._generator = Generator(self.device)
         return self._generator.manual_seed(self._seed(kind, 0, batch_idx))
 
+    def _row_generators(self, kind: str, batch_idx: int, rows: int) -> list[Generator]:
+        """One for each row of a batch of validation, by the row's number in the set: whichever process reads it."""
+        trainer = self.trainer
+        first = batch_idx * (trainer.datamodule.batch_size // trainer.accumulate_grad_batches) + self.global_rank
+        numbers = [first + row * trainer.world_size for row in range(rows)]
+        return row_generators(self._seed(kind, 0, 0), numbers, device=self.device)
+
     def _seed(self, kind: str, rank: int, batch_idx: int) -> int:
         # validation draws the same noise at every epoch, so that its losses compare
         epoch = self.current_epoch if kind == "train" else 0
@@ -203,7 +220,7 @@ class GenerativeModule(Pretrained, L.LightningModule):
         """Log the gradient's norm and the learning rate, where the logger writes."""
         if self._logs_this_step():
             grads = [p.grad for p in self.parameters() if p.grad is not None]
-            norm = torch.stack(torch._foreach_norm(grads)).norm()
+            norm = whole(torch.nn.utils.get_total_norm(grads))
             self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[-1]["lr"]})
 
     def _logs_this_step(self) -> bool:
@@ -241,13 +258,9 @@ class GenerativeModule(Pretrained, L.LightningModule):
         Raises ValueError for a label outside 0..num_classes-1.
         """
         labels = self.checked_labels(labels)
-        was_training = self.training
-        self.eval()
-        try:
+        with eval_mode(self):
             tokens = self.sample_tokens(labels.to(self.device), sampling or self.sampling, generator)
             return self.tokenizer.decode(tokens).float()
-        finally:
-            self.train(was_training)
 
     def checked_labels(self, labels: Tensor | Sequence[int]) -> Tensor:
         """int64 labels. Raises ValueError for one outside 0..num_classes-1."""
@@ -292,6 +305,17 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
         torch.distributed.all_gather_object(ranks, values)
     names = dict.fromkeys(name for rank in ranks for name in rank)
     return {name: sum(rank.get(name, 0.0) for rank in ranks) for name in names}
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, the mode of before afterwards."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def batch_rows(batch: Batch) -> int:

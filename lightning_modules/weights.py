@@ -2,8 +2,14 @@
 
 import argparse
 import hashlib
+import re
+import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,6 +29,12 @@ LIGHTNING_1 = [
 ]
 # what torch.load raises for files that are none, or are cut short
 DAMAGED = (UnpicklingError, RuntimeError, EOFError, OSError, LookupError, AttributeError, TypeError, ValueError)
+DAMAGED += (zipfile.BadZipFile, struct.error, ArithmeticError, AssertionError)
+DAMAGED += (MemoryError,)  # for a size that is a lie
+EXPANSION, SMALL = 32, 2**26  # times its own size, or bytes, that the tensors of a file may have; weights are not views
+NAMED = re.compile(r".+-([0-9a-f]{8})\.pth")  # how torch.hub names a file by the beginning of its sha256
+
+CHECKERS = 8  # threads that compute checksums
 
 EMA_STATE = "EMA"  # key of the EMA callback's state in a checkpoint
 
@@ -35,25 +47,114 @@ def read_torch(path: str | Path) -> dict[str, Any]:
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
     """
     path = existing(path)
-    mapped = zipfile.is_zipfile(path)  # files in torch's format of before 2020 can only be read whole
+    mapped = is_zip(path)  # files in torch's format of before 2020 can only be read whole
+    with readable(path), torch.serialization.safe_globals([argparse.Namespace, *LIGHTNING_1]):
+        if mapped:
+            _check_stored(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        size = path.stat().st_size
+        if _tensor_bytes(content) > max(EXPANSION * size, SMALL):
+            raise ValueError(f"its {size} bytes say that they are {_tensor_bytes(content)} of tensors")
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of weights")
+    return content
+
+
+def _check_stored(path: Path) -> None:
+    """Raise ValueError for a torch file with compressed parts, of which a small one may unpack to any size."""
+    with zipfile.ZipFile(path) as archive:
+        if packed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f"'{packed[0]}' in it is compressed, as torch writes nothing")
+
+
+def _tensor_bytes(content: Any) -> int:
+    """Bytes of all tensors as their shapes have it: views of few bytes, or of none, count in full."""
+    todo, seen, total = [content], set(), 0
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, list | tuple | set):
+            todo += value
+    return total
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file begins as torch's do since 2020. Not zipfile's test, which stumbles over damage."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What torch raises of a file that it cannot read, as one ValueError."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *LIGHTNING_1]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        yield
     except DAMAGED as error:
         if "allowed global" in str(error):
             raise ValueError(f"{path} holds more than tensors and plain values, so it is not loaded") from error
         raise ValueError(f"{path} is not a readable torch checkpoint (damaged or cut short?)") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of weights")
-    return content
+
+
+def check_whole(path: str | Path) -> None:
+    """Raise ValueError for a torch file that cannot be loaded, or not as it was written; FileNotFoundError for none."""
+    read_torch(path)
+    check_bytes(path)
+
+
+def check_bytes(path: str | Path) -> None:
+    """Read all of a torch file and compare the checksums that it holds, one for each tensor: torch.load does not.
+
+    Raises ValueError for a file that is cut short or damaged.
+    """
+    try:
+        with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            records = zipfile.ZipFile(file).infolist()
+            shares = [records[i::CHECKERS] for i in range(CHECKERS)]
+            with ThreadPoolExecutor(CHECKERS) as pool:
+                damaged = sum(pool.map(lambda share: sum(not _is_intact(one, content) for one in share), shares))
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged or cut short ({error})") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: {damaged} of its parts differ from the checksums stored with them")
+
+
+def _is_intact(record: zipfile.ZipInfo, content: mmap) -> bool:
+    """Not by ZipFile, which would copy every byte several times. torch compresses nothing."""
+    name, extra = struct.unpack_from("<HH", content, record.header_offset + 26)  # lengths of what precedes the data
+    start = record.header_offset + 30 + name + extra
+    with memoryview(content) as view, view[start : start + record.file_size] as data:
+        return len(data) == record.file_size and zlib.crc32(data) == record.CRC
 
 
 def existing(path: str | Path) -> Path:
     """The path, or FileNotFoundError if no file is there."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at '{path}': nothing was loaded, nothing was trained")
+        raise FileNotFoundError(
+            f"no checkpoint at '{path}': nothing was loaded, nothing was trained; give a file that exists"
+        )
     return path
+
+
+def check_named(path: str | Path) -> None:
+    """Raise ValueError for a file that torch.hub's rule names by a checksum that is not its own, such as a damaged
+    vgg16-397923af.pth. Other names say nothing."""
+    path = existing(path)
+    if not (named := NAMED.fullmatch(path.name)):
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(named[1]):
+        raise ValueError(
+            f"{path} has the sha256 {found[:8]}..., but is named after {named[1]}: it is damaged or another file, so "
+            f"download it again (or rename it, if it is meant to differ)"
+        )
 
 
 def read_official(path: str | Path, key: str | None, *, keys: Sequence[str]) -> dict[str, Tensor]:
@@ -68,7 +169,7 @@ def read_official(path: str | Path, key: str | None, *, keys: Sequence[str]) -> 
             raise ValueError(f"{path} holds one set of weights, so '{key}' cannot be chosen in it: leave it out")
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, *DAMAGED) as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
     content = read_torch(path)
     if key is None and not any(k in content for k in keys):
@@ -78,14 +179,17 @@ def read_official(path: str | Path, key: str | None, *, keys: Sequence[str]) -> 
         raise ValueError(
             f"{path} has no weights '{key}'; it has {', '.join(k for k in keys if k in content) or 'none'}"
         )
-    return dict(content[key])
+    return _named_tensors(content[key], f"'{key}' of {path}")
 
 
 def read_own(path: str | Path, key: str | None) -> dict[str, Tensor] | None:
     """Weights of one of our checkpoints ("ema" by default, see `checkpoint_weights`); None for any other file."""
     path = existing(path)
     content = {} if path.suffix == ".safetensors" else read_torch(path)
-    return checkpoint_weights(content, key or "ema") if isinstance(content.get("state_dict"), Mapping) else None
+    if not isinstance(content.get("state_dict"), Mapping):
+        return None
+    _check_own(content, path)
+    return checkpoint_weights(content, key or "ema")
 
 
 def read_checkpoint(path: str | Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -96,7 +200,35 @@ def read_checkpoint(path: str | Path, weights: str) -> tuple[dict[str, Any], dic
     content = read_torch(path)
     if "hyper_parameters" not in content or "state_dict" not in content:
         raise ValueError(f"{path} is not a checkpoint of ours: official files are given with OFFICIAL= (from_official)")
-    return dict(content["hyper_parameters"]), checkpoint_weights(content, weights)
+    _check_own(content, path)
+    arguments = content["hyper_parameters"]
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise ValueError(f"'hyper_parameters' of {path} are no arguments by name: it is damaged or not ours")
+    return dict(arguments), checkpoint_weights(content, weights)
+
+
+def _check_own(content: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ValueError unless the weights of a checkpoint, and its averages where it has some, are of their kinds."""
+    _named_tensors(content["state_dict"], f"'state_dict' of {path}")
+    callbacks = content.get("callbacks", {})
+    state = callbacks.get(EMA_STATE) if isinstance(callbacks, Mapping) else callbacks
+    if state is None:
+        return
+    decays, shadows = (state.get(name) if isinstance(state, Mapping) else None for name in ("decays", "shadows"))
+    if not (isinstance(decays, list) and isinstance(shadows, list) and len(decays) == len(shadows)):
+        raise ValueError(f"the averages in {path} are no list of decays and one of weights: it is damaged or not ours")
+    for decay, shadow in zip(decays, shadows, strict=True):
+        _named_tensors(shadow, f"the average {decay} of {path}")
+
+
+def _named_tensors(state: Any, where: str) -> dict[str, Tensor]:
+    """A state dict as it is. Raises ValueError for anything else."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{where} is a {type(state).__name__}, expected weights by name")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{where} holds {name!r:.60} of type {type(tensor).__name__}, expected tensors by name")
+    return dict(state)
 
 
 def ema_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:

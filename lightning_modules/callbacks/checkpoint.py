@@ -1,6 +1,7 @@
-"""Checkpoints that are whole or absent."""
+"""Checkpoints that are whole or absent, whatever happens while one is written."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,46 +11,98 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_modules.paths import shown
+from lightning_modules.weights import check_bytes, existing, is_zip, read_torch, readable
+
+PARTIAL = ".partial"  # suffix of a file that is being written, or was when its process was killed
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk, then renames: a kill at any moment leaves the old file or the new.
+    """Writes beside the target, flushes to disk, reads back, then renames: a kill at any moment leaves the old file or
+    the new, and no file is replaced by one that cannot be loaded.
 
     Lightning's own writer goes through a temporary file that may lie on another disk, where a move is a copy.
     """
 
+    def __init__(self) -> None:
+        self._loads = False
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises OSError for a disk that is full or fails, and ValueError for a file that reads back otherwise than it
+        was written; then nothing is left of it, and the checkpoints of before are untouched."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(f".{path.name}{PARTIAL}")
         try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(checkpoint, partial)
+            check_bytes(partial)
+            if not self._loads:  # of what kind the contents are does not change from one to the next
+                read_torch(partial)
+                self._loads = True
             partial.replace(path)
-        except BaseException:
+            _flush_folder(path.parent)
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if fault := _disk_fault(error):
+                raise _cannot_write(path, fault) from error
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Tensors and plain values only, whatever `weights_only` says."""
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        """Tensors and plain values only, whatever `weights_only` says; mapped, so that processes of a node share it.
+        Raises ValueError for a damaged file."""
+        path = existing(path)
+        with readable(path):
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=is_zip(path))
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    """A rename is on disk when its folder is."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _disk_fault(error: BaseException | None) -> OSError | None:
+    """What the disk said; torch hides it behind a RuntimeError about positions in the file."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _cannot_write(path: Path, fault: OSError) -> OSError:
+    """The one error of a run whose disk is full."""
+    folder = next(folder for folder in path.parents if folder.is_dir())
+    text = (
+        f"the checkpoint {shown(path)} could not be written: {fault.strerror or fault} "
+        f"({shutil.disk_usage(folder).free / 1e9:.2f} GB free there). Nothing of it was kept and what was saved "
+        f"before is untouched: make room, for a new one beside the old, and go on with CKPT=last"
+    )
+    error = OSError(text)
+    error.errno = fault.errno  # set afterwards, because it would be printed in front of the text
+    return error
 
 
 class LatestCheckpoint(ModelCheckpoint):
     """Every `every_n_train_steps` optimiser steps and after the last one; only the newest file is kept.
 
-    The file that a run was resumed from goes too, once a newer one is written, if it lies in the same folder.
+    The file that a run was resumed from goes too, once a newer one is written, if it lies in the same folder. While
+    `hold()` is true none is written, so that the last good one stays; the next step makes up for it.
     """
 
     def __init__(self, every_n_train_steps: int = 1000, dirpath: str | None = None) -> None:
+        if every_n_train_steps < 1:
+            raise ValueError(f"checkpoint.every_n_train_steps is {every_n_train_steps}: give 1 or more")
         super().__init__(
             dirpath=dirpath,
             filename="step={step:07d}",
@@ -57,19 +110,39 @@ class LatestCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
         )
+        self.hold: Callable[[], bool] = lambda: False
+        self._owed = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            for leftover in Path(self.dirpath).glob(f".*{PARTIAL}"):  # of a process that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # the step that was resumed is saved already: once more would be in the midst of the next one's accumulation
+        self._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
         finished = trainer.global_step >= trainer.estimated_stepping_batches
         if finished and self._last_global_step_saved != trainer.global_step:
             self.save_now(trainer)
+        elif self._owed:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def save_now(self, trainer: L.Trainer) -> str:
         """Save at the current step, whatever the interval; returns the path."""
-        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save(trainer, self._monitor_candidates(trainer))
         return self.best_model_path
 
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        self._owed = self.hold()
+        if not self._owed:
+            self._save(trainer, monitor_candidates)
+
+    def _save(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
         resumed, newest = Path(trainer.ckpt_path or ""), Path(self.best_model_path)
         ours = resumed.match("step=*.ckpt") and resumed.resolve().parent == newest.resolve().parent

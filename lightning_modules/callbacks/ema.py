@@ -13,6 +13,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_modules.pieces import exchange, piece_like
+from lightning_modules.sharding import release
 from lightning_modules.weights import EMA_STATE
 
 
@@ -69,7 +71,8 @@ class EMA(L.Callback):
         if missing := [decay for decay in self.decays if self._restored and decay not in kept]:
             raise ValueError(f"the checkpoint has no EMA of decay {missing[0]}, only {sorted(kept)}: set ema.decays so")
         self.shadows = [
-            {n: kept.get(decay, params)[n].to(p.device, copy=True) for n, p in params.items()} for decay in self.decays
+            {n: piece_like(kept.get(decay, params)[n], p).to(p.device, copy=True) for n, p in params.items()}
+            for decay in self.decays
         ]
         self._restored = None
 
@@ -99,9 +102,10 @@ class EMA(L.Callback):
             torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
 
     def _exchange(self, pl_module: L.LightningModule, index: int) -> None:
+        release(pl_module)  # gathered weights are copies of what is to be exchanged
         shadow, params = self.shadows[index], dict(pl_module.named_parameters())
         for name in shadow:
-            params[name].data, shadow[name] = shadow[name], params[name].data
+            exchange(params[name], shadow[name])
 
     @contextmanager
     def weights(self, pl_module: L.LightningModule, which: str) -> Iterator[None]:

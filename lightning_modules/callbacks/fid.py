@@ -16,6 +16,7 @@ from lightning_modules.evaluation import Evaluation
 from lightning_modules.extractors import make_extractor
 from lightning_modules.generate import class_major_labels, draw_images
 from lightning_modules.reference import load_reference
+from lightning_modules.sharding import gathered
 
 
 class FID(L.Callback):
@@ -109,5 +110,6 @@ class FID(L.Callback):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
-        with ema.weights(pl_module, which) if ema else torch.no_grad(), trainer.precision_plugin.forward_context():
+        weights = ema.weights(pl_module, which) if ema else torch.no_grad()
+        with weights, gathered(pl_module), trainer.precision_plugin.forward_context():
             return self._evaluation(drawn, device=pl_module.device)

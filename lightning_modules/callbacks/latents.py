@@ -11,6 +11,7 @@ import torch
 from lightning_modules.callbacks.checkpoint import latest_checkpoint
 from lightning_modules.callbacks.ema import EMA
 from lightning_modules.paths import shown
+from lightning_modules.sharding import gathered
 
 FILE = "latent_stats.json"
 
@@ -29,15 +30,14 @@ class LatentStats(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         latest = latest_checkpoint(trainer)
-        if not trainer.is_global_zero or not latest or not latest.best_model_path:
-            return
-        if pl_module.tokenizer.vocab_size is not None:
+        if not latest or not latest.best_model_path or pl_module.tokenizer.vocab_size is not None:
             return
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
         which = ema.names[0] if ema and ema.names else "raw"
-        with ema.weights(pl_module, which) if ema else torch.no_grad():
-            measured = pl_module.measure_latents(trainer.datamodule, self.num_images)
-        write_stats(measured, Path(latest.best_model_path), which)
+        with ema.weights(pl_module, which) if ema else torch.no_grad(), gathered(pl_module):
+            if trainer.is_global_zero:
+                measured = pl_module.measure_latents(trainer.datamodule, self.num_images)
+                write_stats(measured, Path(latest.best_model_path), which)
 
 
 def write_stats(measured: tuple[float, float, int], weights: Path, which: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lightning_modules.base import GenerativeModule, to_uint8
 from lightning_modules.callbacks.ema import EMA
 from lightning_modules.paths import run_folder
 from lightning_modules.pictures import enlarge, labels_in_turn, make_grid, save_png
+from lightning_modules.sharding import gathered, is_sharded
 
 
 class SampleGrid(L.Callback):
@@ -47,24 +48,32 @@ class SampleGrid(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: GenerativeModule, *args: Any) -> None:
         step = trainer.global_step
         last = step >= trainer.estimated_stepping_batches
-        if trainer.is_global_zero and step != self._done_at and (last or step % self.every_n_steps == 0):
+        if step != self._done_at and (last or step % self.every_n_steps == 0):
             self._done_at = step
-            self._draw(trainer, pl_module)
+            if trainer.is_global_zero or is_sharded(pl_module):
+                self._draw(trainer, pl_module)
 
     def _draw(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
+        """On the first process; the others have their part in gathering the weights."""
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
         names = self.chosen or ["raw", *(ema.names if ema else [])]
         originals = None
-        if hasattr(pl_module, "reconstruct"):
+        if hasattr(pl_module, "reconstruct") and trainer.is_global_zero:
             originals = pl_module.originals(trainer.datamodule, self.num_images)
         grids = [] if originals is None else [make_grid(shown_of(pl_module, originals), columns=self.columns)]
         for name in names:
-            with ema.weights(pl_module, name) if ema else torch.no_grad(), trainer.precision_plugin.forward_context():
-                images = self._sample(pl_module) if originals is None else pl_module.reconstruct(originals)
-                images = to_uint8(images)
-            grids.append(make_grid(images, columns=self.columns))
-            if isinstance(trainer.logger, TensorBoardLogger):
-                trainer.logger.experiment.add_image(f"samples/{name}", grids[-1], trainer.global_step)
+            weights = ema.weights(pl_module, name) if ema else torch.no_grad()
+            with weights, gathered(pl_module), trainer.precision_plugin.forward_context():
+                if trainer.is_global_zero:
+                    images = self._sample(pl_module) if originals is None else pl_module.reconstruct(originals)
+                    grids.append(make_grid(to_uint8(images), columns=self.columns))
+        if trainer.is_global_zero:
+            self._show(trainer, pl_module, names, grids)
+
+    def _show(self, trainer: L.Trainer, pl_module: GenerativeModule, names: Sequence[str], grids: list[Tensor]) -> None:
+        if isinstance(trainer.logger, TensorBoardLogger):
+            for name, grid in zip(names, grids[-len(names) :], strict=True):
+                trainer.logger.experiment.add_image(f"samples/{name}", grid, trainer.global_step)
         size = pl_module.tokenizer.image_size
         self.last_picture = run_folder(trainer) / "samples" / f"step={trainer.global_step:07d}_{'_'.join(names)}.png"
         save_png(enlarge(side_by_side(grids), size=size), self.last_picture)
