@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.pieces import piece_like, whole
+
 DECAY_EXPONENT = 0.8  # the second moment's decay is 1 - t^-0.8, up to its cap
 MIN_FACTORED = 32  # two sides of at least this length are factored
 EPS = 1e-30  # on squared gradients
@@ -47,7 +49,7 @@ class Adafactor(torch.optim.Optimizer):
         return loss
 
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
-        grad = param.grad.reshape(self.shapes.get(param, param.shape))
+        grad = whole(param.grad).reshape(self.shapes.get(param, param.shape))  # means over axes need all of it
         state = self.state[param]
         if not state:
             state |= {"step": 0, "momentum": torch.zeros_like(grad, dtype=torch.bfloat16), **empty_moments(grad)}
@@ -57,9 +59,10 @@ class Adafactor(torch.optim.Optimizer):
         # officially the product with the decay is rounded to bfloat16, and the sum is one of float32
         update = (state["momentum"] * momentum).float().add_(update, alpha=1 - momentum)
         state["momentum"].copy_(update)
+        update = piece_like(update.view(param.shape), param)
         if group["weight_decay"]:
-            update.add_(param.reshape(update.shape), alpha=group["weight_decay"])
-        param.sub_(update.view_as(param), alpha=group["lr"])
+            update.add_(param, alpha=group["weight_decay"])
+        param.sub_(update, alpha=group["lr"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimiser's, but for the first moment, which torch would turn into float32."""

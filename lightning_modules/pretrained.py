@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from layers.checkpoint import Rule, check_fit, to_official, to_ours
 from layers.embed import LabelEmbedder, SplitLabelEmbedder
 from layers.tokenizers.base import Tokenizer
+from lightning_modules.config import made_of
 from lightning_modules.flax_files import read_npz
 from lightning_modules.tokenizer_weights import load_tokenizer_weights, with_frozen, without_frozen
-from lightning_modules.weights import read_checkpoint, read_official, read_own
+from lightning_modules.weights import SMALL, read_checkpoint, read_official, read_own
 
 
 class Pretrained(nn.Module):
@@ -38,12 +39,25 @@ class Pretrained(nn.Module):
         Raises FileNotFoundError, or ValueError for a file that is damaged, of another method or without those weights.
         """
         arguments, state = read_checkpoint(path, weights)
+        return cls.made_for(arguments, state, origin=str(path)).to(device).eval()
+
+    @classmethod
+    def made_for(cls, arguments: Mapping[str, Any], state: Mapping[str, Tensor], *, origin: str) -> Self:
+        """A module of a checkpoint's arguments with its weights. Raises ValueError where the two do not go together.
+
+        Arguments that ask for far more than the weights are found out on the meta device, where that costs no memory.
+        """
         try:
-            module = cls(**arguments)
-        except TypeError as error:
-            raise ValueError(f"{path} is a checkpoint of another method than {cls.__name__} ({error})") from error
-        module.load_weights(state, origin=str(path))
-        return module.to(device).eval()
+            with torch.device("meta"):
+                shapes = made_of(cls, arguments, cls.__name__)
+        except ValueError as error:
+            raise ValueError(f"{origin} is of another method, or cannot be used so: {error}") from error
+        wanted = without_frozen(shapes.state_dict(), shapes.tokenizer)
+        if _bytes(wanted) > _bytes(state) + SMALL:
+            check_fit(state, wanted, origin=origin)
+        module = made_of(cls, arguments, origin)
+        module.load_weights(state, origin=origin)
+        return module
 
     @classmethod
     def from_official(cls, experiment: str, path: str | Path, *, key: str | None = None, device: str = "cpu") -> Self:
@@ -108,6 +122,10 @@ class Pretrained(nn.Module):
             elif isinstance(module, SplitLabelEmbedder):
                 state[f"{prefix}.class_emb.weight"] = module.class_emb.weight.detach().cpu().clone()
         return state
+
+
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in state.values())
 
 
 def is_npz(path: str | Path) -> bool:

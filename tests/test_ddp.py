@@ -1,61 +1,55 @@
-"""Two gloo processes train as one with the same global batch: the same loss curve, the same weights."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Two gloo processes train as one with the same global batch, under DDP and under FSDP2: the same curves, the same
+weights, one set of files."""
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_modules.weights import read_torch
+from tests.processes import Run, steps, train
+from tests.test_contract import FAMILIES
 
-ROOT = Path(__file__).parents[1]
-SMALL = [
-    "--trainer.max_steps=26",  # past the end of an epoch
-    "--trainer.log_every_n_steps=1",
-    "--trainer.val_check_interval=13",
-    "--trainer.enable_progress_bar=false",
-    "--model.init_args.net={width: 32, depth: 2, num_heads: 2, bottleneck_dim: 8}",
-    "--model.init_args.sampling.num_steps=2",
-    "--samples.num_images=4",
-    "--checkpoint.every_n_train_steps=13",
-]
+pytestmark = pytest.mark.timeout(900)  # seconds: processes that wait for each other do so for ever
+FEW = ["jit", "mar"]
+STEPS, LONG = 12, 50
+STRATEGIES = ["ddp", "fsdp2"]
+SPEEDS = {"images_per_s", "tflops"}
+OF_A_BATCH = {"component_entropy", "min_scale", "usage", "perplexity"}  # no means over images: each process has its own
 
 
-def train(folder: Path, *extra: str) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    """Loss curves and final averages of a run in its own processes."""
-    folder.mkdir(exist_ok=True)
-    line = [sys.executable, "-m", "experiments.main", "fit", "--exp", "jit_digits", *SMALL, *extra]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (run,) = (folder / "runs" / "jit_digits").iterdir()
-    events = EventAccumulator(str(run)).Reload()
-    curves = {tag: [event.value for event in events.Scalars(tag)] for tag in ("train/loss", "val/loss")}
-    (checkpoint,) = run.glob("checkpoints/*.ckpt")
-    return curves, read_torch(checkpoint)["callbacks"]["EMA"]["shadows"][0]
+def assert_same_curves(actual: Run, expected: Run) -> None:
+    """Losses of every step, all figures of it and of uneven validation rows, and which files there are."""
+    assert actual.files == expected.files
+    assert actual.curves.keys() == expected.curves.keys()
+    for tag, values in expected.curves.items():
+        name = tag.rpartition("/")[2]
+        if name not in SPEEDS | OF_A_BATCH:
+            close = 1e-5 if name == "loss" else 1e-3
+            assert actual.curves[tag] == pytest.approx(values, rel=close, abs=close), tag
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("one"))
+    return train(tmp_path_factory.mktemp("one"), "one", FEW, *steps(STEPS))
 
 
-def test_two_processes_train_as_one(one, tmp_path):
-    curves, weights = train(tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp")
-    assert len(curves["train/loss"]) == 26
-    for tag, values in one[0].items():
-        assert curves[tag] == pytest.approx(values, rel=1e-4), tag
-    for name, tensor in one[1].items():
-        torch.testing.assert_close(weights[name], tensor, atol=1e-4, rtol=1e-3)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_as_one(strategy, one, tmp_path):
+    for actual, expected in zip(train(tmp_path, strategy, FEW, *steps(STEPS)), one, strict=True):
+        assert len(actual.curves["train/loss"]) == STEPS
+        assert_same_curves(actual, expected)
+        for name, tensor in expected.tensors().items():
+            torch.testing.assert_close(actual.tensors()[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("every"), "one", FAMILIES, *steps(LONG))
 
 
 @pytest.mark.slow
-def test_two_processes_resume_a_checkpoint_of_theirs(one, tmp_path):
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    train(tmp_path, *two, "--trainer.max_steps=13", "--model.init_args.optim.schedule=constant")
-    resumed, _ = train(tmp_path, *two, "--ckpt=last", "--model.init_args.optim.schedule=constant")
-    straight, _ = train(tmp_path / "straight", "--model.init_args.optim.schedule=constant")
-    assert resumed["train/loss"][-13:] == pytest.approx(straight["train/loss"][-13:], rel=1e-4)
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_method_trains_as_one_for_fifty_steps(strategy, every, tmp_path):
+    for actual, expected in zip(train(tmp_path, strategy, FAMILIES, *steps(LONG)), every, strict=True):
+        assert len(actual.curves["train/loss"]) == LONG
+        assert_same_curves(actual, expected)
+        assert actual.tensors().keys() == expected.tensors().keys()
