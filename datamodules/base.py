@@ -153,11 +153,20 @@ class BatchData(L.LightningDataModule, ABC):
         )
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Loader over every validation row once, in order; an empty list when there is no validation set."""
+        """Loader over every validation row once, in order; an empty list when there is no validation set.
+
+        Raises ValueError for fewer rows than processes: one without any would skip what the others wait for it in.
+        """
         self._ready()
         if self.val_set is None:
             return []
-        return self.ordered_loader("val", **self._share())
+        share = self._share()
+        if len(self.val_set) < share["world_size"]:
+            raise ValueError(
+                f"there are {len(self.val_set)} validation rows for {share['world_size']} processes: lower"
+                f" --trainer.devices, or take more rows (limit_n, val_length or val_split of the data)"
+            )
+        return self.ordered_loader("val", **share)
 
     def ordered_loader(self, split: Literal["train", "val"], *, rank: int = 0, world_size: int = 1) -> DataLoader:
         """Rows of a split for one of `world_size` processes, unshuffled: each row exactly once over all of them.
@@ -205,6 +214,9 @@ class BatchData(L.LightningDataModule, ABC):
         return {"rank": trainer.global_rank if trainer else 0, "world_size": trainer.world_size if trainer else 1}
 
     def _sampler(self, rows: RowDataset, *, shuffle: bool, rank: int, world_size: int) -> StatelessSampler:
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        if accumulate < 1:
+            raise ValueError(f"--trainer.accumulate_grad_batches={accumulate} must be at least 1")
         return rows.sampler(
             num_workers=self.num_workers,
             global_batch_size=self.batch_size,
@@ -212,7 +224,7 @@ class BatchData(L.LightningDataModule, ABC):
             shuffle=shuffle,
             rank=rank,
             world_size=world_size,
-            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            accumulate=accumulate,
         )
 
     def _on_cuda(self) -> bool:

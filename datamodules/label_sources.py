@@ -130,7 +130,7 @@ def read_coco(path: Path) -> tuple[dict[str, Segments], list[int]]:
         classes = {category["id"]: i for i, category in enumerate(content["categories"], start=1)}
         stuff = [classes[category["id"]] for category in content["categories"] if not category["isthing"]]
         return {a["file_name"]: _segments(a["segments_info"], classes) for a in content["annotations"]}, stuff
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"'{path}' is not of COCO's panoptic format ({error!r}): remove or replace it") from error
 
 
@@ -179,5 +179,7 @@ def _read_label(pair: Pair) -> np.ndarray:
             check_pixels(label)
             grey = label.mode in ("L", "I", "F") or label.mode.startswith("I;16")
             return np.array(label if grey else label.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise  # the machine's trouble, not the file's
+    except Exception as error:  # of PIL's decoders, as in `decode`
         raise ValueError(f"{pair.name} is no readable label ({error}): replace or remove it") from error

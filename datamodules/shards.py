@@ -1,20 +1,18 @@
 """Folders of memory-mapped safetensors shards: written once, read row by row in any order.
 
 A folder holds `meta.json` (what it was made from, the tensors, rows, bytes and sha256 of each shard) and
-`shard-00000.safetensors`, ...: named tensors with a leading row axis, e.g. image uint8 (n,3,S,S) and label int64 (n,).
-Captions are UTF-8 in one tensor `caption` uint8 (bytes,) with `caption_end` int64 (n,): they are mapped like the rest,
-so a million strings need no memory in any worker. Writing is resumable and may be shared among processes; `meta.json`
-comes last, so a folder that has it is complete.
+`shard-00000.safetensors`, ...: named tensors with a leading row axis, such as label int64 (n,). Captions are UTF-8 in
+one tensor `caption` uint8 (bytes,) with `caption_end` int64 (n,), mapped like the rest: a million need no memory.
+Writing is resumable and may be shared; `meta.json` comes last, so a folder that has it is complete.
 """
 
-import hashlib
 import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,28 +21,10 @@ from torch.utils.data import DataLoader
 
 from datamodules.base import Batch, RowDataset
 from datamodules.sampler import PREFETCH_BATCHES, RowKey, as_batch, coin
+from datamodules.shard_files import CURE, DTYPES, META, PLAN, Field, read_header, read_json, read_meta, sha256
 from datamodules.transforms import flip_horizontal
 
-META, PLAN = "meta.json", "unfinished.json"
 RESERVED = ("n", "shard_rows", "tensors", "shards")  # keys of meta.json that the writer sets
-# safetensors dtype -> how numpy maps it, what torch makes of it (numpy has no bfloat16)
-DTYPES = {
-    "U8": (np.uint8, torch.uint8),
-    "I16": (np.int16, torch.int16),
-    "I32": (np.int32, torch.int32),
-    "I64": (np.int64, torch.int64),
-    "F16": (np.float16, torch.float16),
-    "BF16": (np.int16, torch.bfloat16),
-    "F32": (np.float32, torch.float32),
-}
-
-
-class Field(NamedTuple):
-    """One tensor of a shard file: safetensors dtype, shape with the row axis, first byte counted from the file's."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
 
 
 class ShardWriter:
@@ -109,7 +89,7 @@ class ShardWriter:
                 f"'{self.folder}' lacks {len(missing)} shards, such as number {missing[0]}: write them first"
             )
         try:
-            self._write_meta([_read_json(self._note(number)) for number in self.numbers()])
+            self._write_meta([read_json(self._note(number)) for number in self.numbers()])
         except FileNotFoundError:  # another process has finished, and removed the notes and what was only begun
             if not self.finished:
                 raise
@@ -135,7 +115,7 @@ class ShardWriter:
 
     def _noted(self, number: int) -> dict[str, Any] | None:
         """Facts of a shard of an unfinished folder; None if it is not written."""
-        return _read_json(self._note(number)) if self._note(number).exists() else None
+        return read_json(self._note(number)) if self._note(number).exists() else None
 
     def _is_intact(self, facts: Mapping[str, Any]) -> bool:
         path = self.folder / facts["file"]
@@ -145,7 +125,7 @@ class ShardWriter:
         """What the folder was made from; None for a new one."""
         for name in (META, PLAN, META):  # another process may finish between two looks: PLAN goes after META has come
             try:
-                return _read_json(self.folder / name)
+                return read_json(self.folder / name)
             except FileNotFoundError:
                 continue
         return None
@@ -210,13 +190,19 @@ class Shards:
         return torch.from_numpy(out).view(torch_dtype)
 
     def captions(self, indices: Sequence[int]) -> list[str]:
-        """Captions of rows `indices`."""
-        texts = []
-        for shard, row in self._locate(indices):
-            maps = self._map(shard)
-            start = maps["caption_end"][row - 1] if row else 0
-            texts.append(maps["caption"][start : maps["caption_end"][row]].tobytes().decode())
-        return texts
+        """Captions of rows `indices`. Raises ValueError for one that is no text."""
+        return [self._caption(shard, row) for shard, row in self._locate(indices)]
+
+    def _caption(self, shard: int, row: int) -> str:
+        text, ends = (self._map(shard)[name] for name in ("caption", "caption_end"))
+        start, end = (int(ends[row - 1]) if row else 0), int(ends[row])
+        try:
+            if not 0 <= start <= end <= len(text):
+                raise ValueError(f"bytes {start}..{end} of {len(text)}")
+            return text[start:end].tobytes().decode()
+        except ValueError as error:  # UnicodeDecodeError is one
+            where = f"row {row} of shard '{self.folder / self.meta['shards'][shard]['file']}'"
+            raise ValueError(f"the caption of {where} is damaged ({error}): {CURE}") from error
 
     def verify(self) -> None:
         """Compares every shard with its sha256. Raises ValueError naming the first that differs."""
@@ -248,9 +234,9 @@ class Shards:
         path = self.folder / shard["file"]
         header = read_header(path, size=shard["bytes"])
         for name, field in self.meta["tensors"].items():
-            shape = () if name == "caption" else (shard["rows"], *field["shape"])
-            found = header.get(name)
-            if found is None or found.dtype != field["dtype"] or (shape and found.shape != shape):
+            found, shape = header.get(name), (shard["rows"], *field["shape"])
+            fits = found is not None and (found.shape == shape or (name == "caption" and len(found.shape) == 1))
+            if not fits or found.dtype != field["dtype"]:
                 raise ValueError(
                     f"shard '{path}' has {found} for tensor '{name}', but {META} says {field}: write it again"
                 )
@@ -269,6 +255,9 @@ class ShardRows(RowDataset):
         self.shards = Shards(folder, expect=expect)
         if missing := {"image", "label"} - set(self.shards.meta["tensors"]):
             raise ValueError(f"'{folder}' holds {list(self.shards.meta['tensors'])}, but no {sorted(missing)}")
+        image, label = (self.shards.meta["tensors"][name] for name in ("image", "label"))
+        if image["dtype"] != "U8" or image["shape"][:1] != [3] or label != {"dtype": "I64", "shape": []}:
+            raise ValueError(f"'{folder}' holds no RGB images with a label each, but {image} and {label}: {CURE}")
         self.flip, self.seed = flip, seed
 
     def __len__(self) -> int:
@@ -312,50 +301,6 @@ def shard_batches(
         yield number, batch
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """`meta.json` of a finished folder. Raises ValueError when there is none or it is no such file."""
-    if not (folder / META).exists():
-        state = "is unfinished: run what writes it again" if (folder / PLAN).exists() else "is no folder of shards"
-        raise ValueError(f"'{folder}' {state} ({META} is missing)")
-    return _read_json(folder / META)
-
-
-def read_header(path: Path, *, size: int) -> dict[str, Field]:
-    """Tensors of a safetensors file, from its header. Raises ValueError unless it has `size` bytes and they fit."""
-    cure = "delete the folder and write it again"
-    if not path.exists():
-        raise ValueError(f"shard '{path}' is missing: {cure}")
-    found = path.stat().st_size
-    if found != size:
-        raise ValueError(f"shard '{path}' has {found} bytes instead of {size}: {cure}")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, size))
-    try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        header = {name: _field(entry, start=8 + length, size=size) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"shard '{path}' is damaged in its header: {cure}") from error
-    return header
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _field(entry: dict[str, Any], *, start: int, size: int) -> Field:
-    """A header entry, checked against the file's size: a wrong one would map bytes of another tensor."""
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[entry["dtype"]][0]).itemsize
-    if not 0 <= begin <= end <= size - start or end - begin != nbytes:
-        raise ValueError(f"{entry} does not fit into {size} bytes")
-    return Field(entry["dtype"], shape, start + begin)
-
-
 def _view(data: np.ndarray, field: Field) -> np.ndarray:
     dtype = np.dtype(DTYPES[field.dtype][0])
     nbytes = int(np.prod(field.shape, dtype=np.int64)) * dtype.itemsize
@@ -375,13 +320,6 @@ def _check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pat
             _check_same(found, value, folder, inside=f"{inside}{name}.")
         if found != value:
             raise ValueError(f"'{folder}' was made with {inside}{name}={found!r}, but {value!r} is asked for: {cure}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is damaged ({error}): delete the folder and write it again") from error
 
 
 def _replace_json(path: Path, value: Mapping[str, Any]) -> None:

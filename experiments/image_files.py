@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from datamodules.decode import check_pixels
 from lightning_modules.generate import Drawn
+from lightning_modules.npz_files import read_arrays
 from lightning_modules.pictures import save_png
 
 
@@ -50,11 +52,12 @@ def read_images(path: Path) -> tuple[ImageSet, Tensor | None]:
         return ImageSet(paths, None), torch.tensor([int(n[1]) for n in named]) if all(named) else None
     if not path.is_file():
         raise FileNotFoundError(f"nothing at '{path}' (IMAGES=): give a folder of PNG files or an npz with arr_0")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            array, labels = file["arr_0"], file["labels"] if "labels" in file.files else None
-    except (ValueError, OSError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"'{path}' is no npz with an array arr_0 ({error})") from error
+    arrays = read_arrays(path, ("arr_0", "labels"))
+    if "arr_0" not in arrays:
+        raise ValueError(
+            f"'{path}' is an npz without an array arr_0 (IMAGES=): give such a file, or a folder of PNG files"
+        )
+    array, labels = arrays["arr_0"], arrays.get("labels")
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise ValueError(f"'{path}': arr_0 is {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
     if not len(array):
@@ -66,12 +69,16 @@ def read_images(path: Path) -> tuple[ImageSet, Tensor | None]:
 
 def _read(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            if image.mode not in ("RGB", "RGBA", "L", "P"):
-                raise ValueError(f"'{path}' is of mode {image.mode}: expected 8 bits a channel")
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"'{path}' is no readable image ({error})") from error
+        with Image.open(path, formats=["PNG"]) as image:
+            check_pixels(image)
+            mode, pixels = image.mode, np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise  # the machine's trouble, not the file's
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError, ...
+        raise ValueError(f"'{path}' is no readable PNG file ({error})") from error
+    if mode not in ("RGB", "RGBA", "L", "P"):
+        raise ValueError(f"'{path}' is of mode {mode}: expected 8 bits a channel")
+    return pixels
 
 
 class ImageWriter:

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.load import is_known
 from lightning_modules.config import unknown_key
 
 
@@ -31,6 +32,8 @@ def check_keys(overrides: Sequence[str], config: Mapping[str, Any], sections: Ma
 def _walk(owner: Any, path: list[str], where: str) -> None:
     """`owner` is a class, or the {"class_path", "init_args"} of one; `path` the keys below it."""
     config = owner if isinstance(owner, Mapping) else {}
+    if not path or not isinstance(owner, Mapping | type):  # the whole of it is given, or the parser will say better
+        return
     if isinstance(owner, Mapping):
         if path[0] == "class_path":
             return
@@ -43,7 +46,8 @@ def _walk(owner: Any, path: list[str], where: str) -> None:
     key = path[0].removesuffix("+")
     if key not in hints:
         raise ValueError(unknown_key(f"--{where}.{key}", [f"--{where}.{name}" for name in hints]))
-    inner = (config.get("init_args") or {}).get(key)
+    given = config.get("init_args")
+    inner = given.get(key) if isinstance(given, Mapping) else None
     if isinstance(inner, Mapping) and "class_path" in inner:
         _walk(inner, path[1:], f"{where}.{key}")
     elif dataclasses.is_dataclass(hints[key]):
@@ -57,10 +61,13 @@ def _arguments(cls: type) -> dict[str, Any]:
     return {name: hints.get(name) for name in names}
 
 
-def _find_class(class_path: str) -> type | None:
-    """The class, or None where the parser will say better what is wrong."""
+def _find_class(class_path: Any) -> type | None:
+    """The class, or None where the parser will say better what is wrong, and for one that is not to be imported."""
+    if not is_known(class_path):
+        return None
     module, _, name = class_path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         return None
+    return found if isinstance(found, type) else None

@@ -1,7 +1,8 @@
 """The one entry point for training: `python -m experiments.main fit --exp jit_digits [LightningCLI overrides]`.
 
 `--exp NAME` becomes the recipe's files, `--ckpt last|PATH` a checkpoint to resume, `--official PATH` weights to start
-from. What follows is plain LightningCLI; `make train` calls this.
+from. What follows is plain LightningCLI; `make train` calls this. Files and options can name classes of this project
+and of Lightning alone, unless the line has `--trust-config`: naming a class is importing it, and so running code.
 """
 
 import logging
@@ -17,11 +18,13 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from datamodules.base import BatchData
 from experiments import recipes
-from experiments.errors import one_line_errors
+from experiments.errors import ArgumentError, one_line_errors
 from experiments.keys import check_keys
-from experiments.load import find_class, instantiate, load_config
+from experiments.load import PACKAGES, TRUST, find_class, instantiate, load_config, untrusted
 from lightning_modules.base import GenerativeModule
+from lightning_modules.callbacks import slurm
 from lightning_modules.callbacks.checkpoint import LatestCheckpoint, MilestoneCheckpoint
 from lightning_modules.callbacks.ema import EMA
 from lightning_modules.callbacks.fid import FID
@@ -30,6 +33,7 @@ from lightning_modules.callbacks.progress import StepProgressBar
 from lightning_modules.callbacks.report import Report
 from lightning_modules.callbacks.samples import SampleGrid
 from lightning_modules.callbacks.throughput import Throughput
+from lightning_modules.weights import read_torch
 
 # Registered by name, so that each merges like any other section. The averages come first: whoever follows may sample.
 CALLBACKS = {
@@ -61,6 +65,19 @@ class CLI(LightningCLI):
         for name, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, name)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str] | None) -> None:
+        from jsonargparse import set_parsing_settings
+
+        line = sys.argv[1:] if args is None else list(args)
+        if TRUST not in line:  # for the rest of the process: objects are made after parsing, by the same names
+            set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(PACKAGES))
+        try:
+            self.config = parser.parse_args([word for word in line if word != TRUST])
+        except ArgumentError as error:
+            if denied := re.search(r"Importing '([^']*)' is not allowed", str(error)):
+                raise ValueError(f"the configuration names {untrusted(denied[1])}") from error
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks = [StepProgressBar() if type(c) is RichProgressBar else c for c in trainer.callbacks]
@@ -79,22 +96,38 @@ def expand(argv: Sequence[str]) -> list[str]:
     experiment = _take(argv, "--exp")
     if experiment is None:
         return argv
+    job = slurm.run_name(argv) if argv[:1] == ["fit"] else None
     checkpoint, official = _take(argv, "--ckpt"), _take(argv, "--official")
     line = [f"--config={path}" for path in recipes.files(experiment)]
     line += [f"--trainer.default_root_dir={recipes.RUNS / experiment}", f"--trainer.logger.init_args.name={experiment}"]
     line += [f"--report.experiment={experiment}"]
-    if checkpoint:
-        path = recipes.find_checkpoint(experiment, checkpoint)
-        version = recipes.run_version(path, experiment)
-        line += [f"--ckpt_path={path}"] + ([f"--trainer.logger.init_args.version={version}"] if version else [])
+    line += _resumed(experiment, checkpoint, job)
     if official:
         line += [f"--model.init_args.init_from={official}"]
-    check_keys(
-        [word for word in argv if word.startswith("--")], load_config(experiment, overlays=_overlays(argv)), SECTIONS
-    )
+    config = load_config(experiment, overlays=_overlays(argv), trusted=TRUST in argv)
+    check_keys([word for word in argv if word.startswith("--")], config, SECTIONS)
     line += match_classes(experiment, argv)
     commands = argv[:1] if argv and not argv[0].startswith("-") else []
     return commands + line + [_null_inside(word) for word in argv[len(commands) :]]
+
+
+def _resumed(experiment: str, wanted: str | None, job: str | None) -> list[str]:
+    """Options that make a run go on from a checkpoint, in the folder of its run.
+
+    `job`: the folder that this line has in a job of SLURM. One that was requeued goes on with what it had begun, also
+    where the line says what to begin from; its folder is new, unless the same line ran in the same job before.
+    """
+    folder = recipes.RUNS / experiment / (job or "")
+    if job and folder.exists() and not slurm.was_requeued():
+        job = None
+    path = recipes.newest_whole(folder.glob("checkpoints/*.ckpt")) if job else None
+    if path is None and wanted:
+        path = recipes.find_checkpoint(experiment, wanted)
+        if "loops" not in read_torch(path):
+            raise ValueError(f"{path} is of no run that could go on (CKPT=): give weights to start from with OFFICIAL=")
+    version = job or (path and recipes.run_version(path, experiment))
+    options = {"--ckpt_path": path, "--trainer.logger.init_args.version": version}
+    return [f"{name}={value}" for name, value in options.items() if value]
 
 
 def match_classes(experiment: str, argv: Sequence[str]) -> list[str]:
@@ -107,15 +140,19 @@ def match_classes(experiment: str, argv: Sequence[str]) -> list[str]:
     if not changed or any(word.startswith("--model") and "num_classes" in word for word in words):
         return []
     words = [
-        re.sub("^--(data|model)=", r"--\1.class_path=", word) for word in words if not word.startswith("--config=")
+        re.sub(r"^--(data|model)=(?!\{)", r"--\1.class_path=", word)
+        for word in words
+        if not word.startswith("--config=")
     ]
-    config = load_config(experiment, words, overlays=_overlays(argv))
-    found = instantiate(config["data"], "data").discover_classes()
+    trusted = TRUST in argv
+    config = load_config(experiment, words, overlays=_overlays(argv), trusted=trusted)
+    data = instantiate(config["data"], "data", trusted=trusted)
+    found = data.discover_classes() if isinstance(data, BatchData) else None
     if found is None or found == config["model"]["init_args"]["num_classes"]:
         return []
     changes = [f"num_classes={found}"]
     if found == 1:
-        module = find_class(config["model"]["class_path"], "model")
+        module = find_class(config["model"]["class_path"], "model", trusted=trusted)
         given = [word.partition("=")[0] for word in words]
         changes += [c for c in module.UNCONDITIONAL if f"--model.init_args.{c.partition('=')[0]}" not in given]
     print(
@@ -184,6 +221,7 @@ def quiet() -> None:
         ".*number of training batches.*smaller than the logging interval.*",
         ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",  # labels are checked there
         ".*isinstance.treespec, LeafSpec.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # ours are sums over processes already
         ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs go on in their own folder
     ):
         warnings.filterwarnings("ignore", remark)

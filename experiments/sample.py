@@ -8,7 +8,6 @@ turn: labels are then numbers of texts. `make sample` calls this.
 """
 
 import argparse
-import contextlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from datamodules.decode import decode
+from datamodules.decode import FORMATS, decode
 from experiments import recipes
 from experiments.errors import one_line_errors
 from experiments.load import check_arguments, find_class, instantiate, load_config, merge, parse_override
@@ -101,9 +100,8 @@ def load(options: argparse.Namespace, overrides: Sequence[str]) -> tuple[Generat
     arguments, state = read_checkpoint(path, options.ema or "ema")
     cls, arguments = find_class(recipe["class_path"], "model"), merge(arguments, changes.get("init_args", {}))
     check_arguments(cls, arguments, "model")
-    module = cls(**arguments)  # a checkpoint comes from anywhere: it names no class but a tokenizer's
-    module.load_weights(state, origin=str(path))
-    return module.eval(), str(path)
+    # a checkpoint comes from anywhere: it names no class but a tokenizer's
+    return cls.made_for(arguments, state, origin=str(path)).eval(), str(path)
 
 
 def parse_labels(text: str | None, num_classes: int, count: int) -> Tensor:
@@ -128,11 +126,13 @@ class Edit(NamedTuple):
 
 def check_opaque(path: str) -> None:
     """Raise ValueError for a mask with transparency: laid on white, as pictures are, all of it would be drawn anew."""
-    if not Path(path).is_file():
-        return  # `decode` says so
-    with contextlib.suppress(UnidentifiedImageError), Image.open(path) as mask:
-        if "A" in mask.getbands() or "transparency" in mask.info:
-            raise ValueError(f"'{path}' has transparency: give a mask of black (keep) and white (draw anew) (MASK=)")
+    try:
+        with Image.open(path, formats=FORMATS) as mask:
+            transparent = "A" in mask.getbands() or "transparency" in mask.info
+    except Exception:  # no file, or no image: `decode`, which comes next, says so
+        return
+    if transparent:
+        raise ValueError(f"'{path}' has transparency: give a mask of black (keep) and white (draw anew) (MASK=)")
 
 
 def read_edit(options: argparse.Namespace) -> Edit | None:

@@ -51,7 +51,7 @@ def parse_scales(text: str) -> list[float]:
         if ":" in text:
             first, last, step = (float(part) for part in text.split(":"))
             count = int((last - first) / step + 1e-6) + 1
-            scales = [round(first + i * step, 6) for i in range(count)] if step > 0 else []
+            scales = [round(first + i * step, 6) for i in range(count)] if step > 0 and last >= first else []
         else:
             scales = [float(part) for part in text.split(",")]
     except (ValueError, ZeroDivisionError, OverflowError):

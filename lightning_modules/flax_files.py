@@ -11,9 +11,7 @@ import mmap
 import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_modules.npz_files import checked_entries, reading
 from lightning_modules.weights import existing
 
 # name in flax -> layout of the bytes. bfloat16, which numpy lacks, is read as int16 and viewed
@@ -31,8 +30,6 @@ NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(
     r"\{ *'descr': *'[<|=](\w+)', *'fortran_order': *(True|False), *'shape': *\(([\d, ]*)\),? *\}\s*"
 )
-EXPANSION = 32  # times its own size that a compressed npz may unpack to; weights hardly compress
-SMALL = 2**26  # bytes that any npz may unpack to
 
 # msgpack: first byte -> format of a number, or of the size that follows
 NUMBERS = dict(zip(range(0xCA, 0xD4), "fdBHIQbhiq", strict=True))
@@ -56,8 +53,8 @@ def read_npz(path: str | Path) -> dict[str, Tensor]:
     plain arrays.
     """
     path = existing(path)
-    with _reading(path, "npz"), zipfile.ZipFile(path) as archive:
-        chosen = _parameters(_entries(archive, path.stat().st_size))
+    with reading(path, "npz"), zipfile.ZipFile(path) as archive:
+        chosen = _parameters(checked_entries(archive, path.stat().st_size))
         return {name: _read_npy(archive.read(info)) for name, info in chosen.items()}
 
 
@@ -69,7 +66,7 @@ def read_msgpack(path: str | Path, *, sets: Sequence[str] = ()) -> dict[str, Ten
     none of the sets.
     """
     path = existing(path)
-    with _reading(path, "flax msgpack"), path.open("rb") as file:
+    with reading(path, "flax msgpack"), path.open("rb") as file:
         unpacker = _Unpacker(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
         tree = unpacker.only_value()
         if not isinstance(tree, dict):
@@ -93,15 +90,6 @@ class _Array(NamedTuple):
     parts: list[memoryview]
 
 
-@contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
-    """One ValueError that names the file for everything that can be wrong with one."""
-    try:
-        yield
-    except (ValueError, OverflowError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable {kind} file: {error or type(error).__name__}") from error
-
-
 def _tensor(value: Any, name: str) -> Tensor:
     """The tensor of an array or a number; `name` is for errors."""
     if isinstance(value, bool | float) or (isinstance(value, int) and value < 2**63):
@@ -122,22 +110,6 @@ def _tensor(value: Any, name: str) -> Tensor:
 
 
 # npz
-
-
-def _entries(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipInfo]:
-    """Entries by name without .npy. Raises ValueError before anything is unpacked that would not end well."""
-    entries: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        name = info.filename.removesuffix(".npy")
-        if name == info.filename or name in entries:
-            raise ValueError(f"its entry '{info.filename}' is no array or is there twice")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.compress_size > file_size:
-            raise ValueError(f"its entry '{info.filename}' is longer than the file, or packed in an unknown way")
-        entries[name] = info
-    unpacked = sum(info.file_size for info in entries.values())
-    if unpacked > max(EXPANSION * file_size, SMALL):
-        raise ValueError(f"its {file_size} bytes would unpack to {unpacked}, which no weights do")
-    return entries
 
 
 def _parameters(entries: Mapping[str, zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:

@@ -6,7 +6,6 @@ from and may hold features of some images, for precision, recall, density, cover
 
 import json
 import os
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.extractors import Extractor, file_sha256
+from lightning_modules.npz_files import read_arrays
 
 
 @dataclass
@@ -66,28 +66,24 @@ def load_reference(path: str | Path) -> Reference:
         raise FileNotFoundError(
             f"no statistics at '{path}' (STATS=): make them with make stats, or give ADM's or JiT's"
         )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ("mu", "sigma", "features", "arr_0", "about")}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{path}' is no readable npz file of arrays ({error})") from error
+    arrays = read_arrays(path, ("mu", "sigma", "features", "arr_0", "about"))
     if missing := {"mu", "sigma"} - set(arrays):
         raise ValueError(f"'{path}' has no {' and no '.join(sorted(missing))}: it holds {sorted(arrays)}")
     about = _about(arrays, path)
-    try:
-        mu, sigma = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
-    except TypeError as error:
-        raise ValueError(f"'{path}': mu and sigma are no numbers ({error})") from error
+    for name in ("mu", "sigma"):
+        if arrays[name].dtype.kind not in "fiu":
+            raise ValueError(f"'{path}': {name} is of type {arrays[name].dtype}, which are no numbers")
+    mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
     _check_moments(mu, sigma, path)
     features, images = arrays.get("features"), arrays.get("arr_0")
-    if features is not None and (features.ndim != 2 or features.shape[1] != len(mu)):
-        raise ValueError(f"'{path}': features {features.shape} do not belong to mu ({len(mu)},)")
+    if features is not None and (features.ndim != 2 or features.shape[1] != len(mu) or features.dtype.kind != "f"):
+        raise ValueError(f"'{path}': features {features.dtype} {features.shape} do not belong to mu ({len(mu)},)")
     if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
         raise ValueError(f"'{path}': arr_0 is {images.dtype} {images.shape}, expected uint8 images (N, H, W, 3)")
     return Reference(
         mu,
         sigma,
-        features=None if features is None else torch.from_numpy(features),
+        features=None if features is None else torch.from_numpy(features.astype(np.float32, copy=False)),
         images=None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2),
         about=about,
         path=str(path),
@@ -98,7 +94,7 @@ def load_reference(path: str | Path) -> Reference:
 def _about(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
     try:
         about = json.loads(str(arrays["about"])) if "about" in arrays else {}
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}': about is no JSON ({error})") from error
     if not isinstance(about, dict):
         raise ValueError(f"'{path}': about is a {type(about).__name__}, expected a mapping")
@@ -121,7 +117,7 @@ def save_reference(reference: Reference, path: str | Path) -> None:
 
 
 def _check_moments(mu: Tensor, sigma: Tensor, path: Path) -> None:
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"'{path}': mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} do not belong together")
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"'{path}' holds values that are not finite")

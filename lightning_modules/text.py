@@ -18,6 +18,7 @@ from torch import Tensor
 from layers.text.base import TextTokenizer
 from layers.text.batches import SpecialIds, TextBatch, decode_batch, encode_batch, label_batch, special_ids
 from layers.text.bpe import BPETokenizer
+from lightning_modules.config import class_of
 
 CAPTIONS = 100_000  # that a vocabulary is learnt from: more would change little, and reading them decodes the images
 
@@ -106,15 +107,16 @@ def as_text_tokenizer(value: TextTokenizer | Mapping[str, Any] | None) -> TextTo
     """
     if value is None or isinstance(value, TextTokenizer):
         return value
-    module, _, name = value["class_path"].rpartition(".")
+    class_path, arguments = class_of(value, "text")
+    module, _, name = class_path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name) if module.startswith("layers.text.") else None
     except (ImportError, AttributeError):
         cls = None
     if not (isinstance(cls, type) and issubclass(cls, TextTokenizer)):
-        raise ValueError(f"'{value['class_path']}' is no text tokenizer class in layers.text: not loaded")
+        raise ValueError(f"'{class_path}' is no text tokenizer class in layers.text: not loaded")
     try:
-        return cls(**value.get("init_args", {}))
+        return cls(**arguments)
     except TypeError as error:
         raise ValueError(f"text tokenizer {name}: {error}") from error
 

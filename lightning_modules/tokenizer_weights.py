@@ -30,6 +30,11 @@ def load_tokenizer_weights(tokenizer: Tokenizer) -> None:
     Raises FileNotFoundError, or ValueError for a file that is damaged, unsafe or of another autoencoder.
     """
     if isinstance(tokenizer, LearnedTokenizer) and tokenizer.weights and not tokenizer.loaded:
+        if not Path(tokenizer.weights).is_file():
+            raise FileNotFoundError(
+                f"no tokenizer at '{tokenizer.weights}': put the file there that the recipe's header names, or give "
+                f"another by --model.init_args.tokenizer.init_args.weights"
+            )
         state, left_out = read_autoencoder(tokenizer.weights)
         tokenizer.load_weights(state, origin=tokenizer.weights)
         rank_zero_info(f"tokenizer: {len(state)} tensors of {tokenizer.weights}{_listing(left_out)}")

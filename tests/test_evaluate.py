@@ -231,7 +231,7 @@ MISTAKES = [
     (evaluate, [*FILES, "--images", "large"], ["16x16", "32"]),
     (evaluate, [*FILES, "--images", "mixed"], ["mixed/b.png", "another size"]),
     (evaluate, [*FILES, "--images", "deep"], ["deep/a.png", "8 bits"]),
-    (evaluate, [*FILES, "--images", "empty.npz"], ["empty.npz", "no npz"]),
+    (evaluate, [*FILES, "--images", "empty.npz"], ["empty.npz", "not a readable npz file"]),
     (evaluate, [*FILES, "--images", "none.npz"], ["none.npz", "no images"]),
     (evaluate, [*FILES, "--images", "labels.npz"], ["labels.npz", "expected integers"]),
     (sweep, [*SCORED, "--cfg", "1", "--batch_size", "0"], ["--batch_size is 0"]),

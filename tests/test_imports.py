@@ -31,15 +31,19 @@ SHARED = {
     "label_maps",
     "likelihood",
     "metrics",
+    "npz_files",
     "optim",
     "paths",
     "pictures",
+    "pieces",
     "pretrained",
     "protocol",
     "reference",
     "scores",
+    "sharding",
     "text",
     "tokenizer_weights",
+    "trained_for",
     "weights",
 }
 # inside layers: a tier imports itself and the tiers before it
@@ -50,6 +54,7 @@ ISOLATED = {"samplers", "guidance", "diffusion"}  # import no layer; imported by
 THIRD_PARTY = {
     "layers": ({"torch", "einops", "numpy"}, set()),
     "layers/text": ({"torch", "numpy"}, {"sentencepiece", "tokenizers"}),
+    "layers/text/encoder.py": ({"torch"}, {"transformers"}),
     "lightning_modules": ({"torch", "einops", "numpy", "lightning", "safetensors"}, set()),
     "lightning_modules/pictures.py": ({"torch", "einops", "PIL"}, set()),
     "lightning_modules/metrics.py": ({"torch", "einops", "numpy", "lightning", "torchmetrics"}, {"torch_fidelity"}),

@@ -115,7 +115,7 @@ def test_another_process_finishes_at_the_worst_moment(tmp_path, monkeypatch, whe
     from datamodules import shards
 
     slow = write(tmp_path, numbers=range(4) if when == "save" else None, finish=False)
-    name = "sha256" if when == "save" else "_read_json"
+    name = "sha256" if when == "save" else "read_json"
     original = getattr(shards, name)
 
     def overtaken(path):

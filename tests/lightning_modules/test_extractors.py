@@ -99,7 +99,7 @@ class Stranger:
 
 
 def test_weights_that_would_run_code_are_refused(tmp_path, capsys):
-    path = tmp_path / INCEPTION_FILE
+    path = tmp_path / "weights.pth"
     torch.save({"fc.bias": Stranger()}, path)
     with pytest.raises(ValueError, match="holds more than tensors"):
         make_extractor("inception", weights=path)

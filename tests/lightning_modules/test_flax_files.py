@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_modules import flax_files
+from lightning_modules import flax_files, npz_files
 from lightning_modules.flax_files import is_msgpack, read_msgpack, read_npz
 from tests.lightning_modules.flax_writer import Raw, array, chunked, extension, nested, packed
 
@@ -301,7 +301,7 @@ def test_other_archives_are_refused(tmp_path):
 
 
 def test_an_archive_that_unpacks_to_far_more_than_it_is_was_not_made_of_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(flax_files, "SMALL", 2**16)
+    monkeypatch.setattr(npz_files, "SMALL", 2**16)
     bomb = npz(tmp_path, {"a.npy": npy(np.zeros(2**18, np.float32))}, compression=zipfile.ZIP_DEFLATED)
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was unpacked"))
     with pytest.raises(ValueError, match=r"its \d+ bytes would unpack to 10487"):

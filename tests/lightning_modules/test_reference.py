@@ -61,7 +61,7 @@ def test_a_jit_file_has_moments_only(tmp_path, extractor):
         ({"mu": np.zeros(3), "sigma": np.eye(3), "about": "[1]"}, "about is a list"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros((5, 4))}, "do not belong to mu"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "arr_0": np.zeros((5, 4, 4))}, "expected uint8 images"),
-        ({"mu": np.array([object()]), "sigma": np.eye(1)}, "no readable npz"),  # pickled: not loaded
+        ({"mu": np.array([object()]), "sigma": np.eye(1)}, "not a readable npz"),  # pickled: not loaded
     ],
 )
 def test_what_is_no_statistics(tmp_path, arrays, match):
@@ -78,7 +78,7 @@ def test_damaged_and_missing_files(tmp_path):
     (tmp_path / "empty.npz").write_bytes(b"")
     np.save(tmp_path / "array.npy", np.zeros(3))
     for name in ("cut.npz", "empty.npz", "array.npy"):
-        with pytest.raises(ValueError, match="no readable npz"):
+        with pytest.raises(ValueError, match="not a readable npz"):
             load_reference(tmp_path / name)
 
 
