@@ -46,7 +46,7 @@ need_exp = $(if $(strip $(EXP)),,$(error EXP is missing: for example make $@ EXP
 weights = --exp "$(strip $(EXP))" $(call opt,ckpt,$(CKPT)) $(call opt,official,$(OFFICIAL)) $(call opt,ema,$(EMA))
 scoring = $(call opt,num,$(NUM)) $(call opt,stats,$(STATS)) $(call opt,extractor,$(EXTRACTOR)) $(call opt,devices,$(DEVICES)) $(call opt,out,$(OUT)) --seed "$(SEED)"
 
-.PHONY: help setup train sample caption export eval sweep stats cache latents probe plan claims smoke test test-slow test-gpu lint bench tensorboard
+.PHONY: help setup train sample caption export eval sweep stats cache latents probe plan claims smoke test test-slow test-gpu kills lint bench tensorboard
 
 help:  ## this text
 	@echo "softtokens: image generation without a vector-quantised bottleneck"
@@ -104,13 +104,15 @@ latents: $(READY)  ## latent_scale of EXP's trained tokenizer (CKPT or OFFICIAL)
 plan: $(READY)  ## parameters, memory, FLOPs and hours of EXP on GPU=h100 GPUS=8 MFU=0.4, before a GPU is paid for
 	$(need_exp)@$(PY) -m experiments.plan --exp "$(strip $(EXP))" --gpu "$(GPU)" $(call opt,gpus,$(GPUS)) $(call opt,mfu,$(MFU)) $(ARGS)
 
-claims: $(READY)  ## try every claim of the papers anew and write docs/claims.md: an hour and a quarter on 2 cores
+claims: $(READY)  ## try every claim of the papers anew and write docs/claims.md: about two and a half hours on 2 cores
 	@$(PY) -m benchmarks.claims.jit_toy $(ARGS)
 	@$(PY) -m benchmarks.claims.jit_prediction $(ARGS)
 	@$(PY) -m benchmarks.claims.mar_loss $(ARGS)
 	@$(PY) -m benchmarks.claims.mar_head $(ARGS)
 	@$(PY) -m benchmarks.claims.givt_mixture $(ARGS)
 	@$(PY) -m benchmarks.claims.givt_sampling $(ARGS)
+	@$(PY) -m benchmarks.claims.jetformer_flow $(ARGS)
+	@$(PY) -m benchmarks.claims.jetformer_recipe $(ARGS)
 
 smoke: $(READY)  ## EXP shrunken, on synthetic data and CPU: train, resume, sample in seconds
 	$(need_exp)@$(PY) -m tests.smoke "$(strip $(EXP))"
@@ -120,6 +122,9 @@ test: $(READY)  ## the test suite, a few minutes on 2 cores; GOLDEN_DIR= points 
 
 test-slow: $(READY)  ## the tests that take minutes
 	@$(PY) -m pytest -m slow $(ARGS)
+
+kills: $(READY)  ## kill shrunken offline recipes at random moments, resume, compare bit for bit: ARGS="--kills 200 --seed 0"
+	@$(PY) -m benchmarks.kills $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	@$(PY) -m pytest -m gpu $(ARGS)
