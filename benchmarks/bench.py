@@ -8,7 +8,7 @@ CUDA and float32 on the host, where a method may shrink its recipe (the title sa
 
 import argparse
 import copy
-import importlib
+import importlib.util
 import itertools
 import json
 import platform
@@ -283,7 +283,10 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 def run(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     """All rows of one experiment."""
     config = load_config(options.exp, overrides)
-    references = importlib.import_module(f"benchmarks.references.{config['model']['class_path'].split('.')[1]}")
+    method = config["model"]["class_path"].split(".")[1]
+    if importlib.util.find_spec(f"benchmarks.references.{method}") is None:
+        raise ValueError(f"{options.exp} (EXP=) has no plain path to compare with: benchmarks/references/{method}.py")
+    references = importlib.import_module(f"benchmarks.references.{method}")
     changes: list[str] = []
     if options.device == "cpu" and hasattr(references, "cpu_overrides"):
         changes = references.cpu_overrides(config["model"]["init_args"])

@@ -56,7 +56,7 @@ class DARTObjective:
     def __post_init__(self) -> None:
         if not 0 <= self.label_drop_prob <= 1:
             raise ValueError(f"objective.label_drop_prob is {self.label_drop_prob}: it must be in 0..1")
-        if self.hires_steps < 0:
+        if self.hires_steps < 0 or self.hires_steps == 1:
             raise ValueError(f"objective.hires_steps is {self.hires_steps}: use 0 for one resolution, or 2 and more")
 
 

@@ -236,8 +236,8 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
     def training_loss(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         """Bits per dimension of images that follow their text, weighted nats per word of texts that follow their image.
 
-        Beside it "bpd" and, if learnt, "text_nats", means over all images in the order that was drawn. In evaluation, instead, of
-        every image after its text and of every text after its image, where the model learns both.
+        Beside it "bpd" and, if learnt, "text_nats", means over all images in the order that was drawn. In evaluation,
+        instead, of every image after its text and of every text after its image, where the model learns both.
         """
         batch = self.with_text(batch)
         levels = self.tokenizer.encode_image(batch["image"])

@@ -100,7 +100,7 @@ def test_latents_of_another_tokenizer_are_refused_before_training(trained):
 
 def test_a_missing_file_of_weights_stops_the_run(trained):
     overrides, sizes = common("nowhere.ckpt")
-    with chdir(trained), pytest.raises(FileNotFoundError, match=r"no checkpoint at 'nowhere\.ckpt'"):
+    with chdir(trained), pytest.raises(FileNotFoundError, match=r"no tokenizer at 'nowhere\.ckpt'"):
         fit(overrides + sizes)
 
 

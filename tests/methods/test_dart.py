@@ -316,6 +316,7 @@ BAD = [
     ({"objective": {"schedule": "cosine"}}, "schedule is 'cosine'"),
     ({"objective": {"label_drop_prob": 1.5}}, "label_drop_prob is 1.5"),
     ({"objective": {"hires_steps": -1}}, "hires_steps is -1"),
+    ({"objective": {"hires_steps": 1}}, "hires_steps is 1: use 0 .* or 2 and more"),
     ({"objective": {"hires_steps": 2}, "variant": "dart_ar"}, "hires_steps is 2: dart_ar has one resolution"),
     ({"objective": {"hires_steps": 2}, "tokenizer": PixelTokenizer(6, 2)}, "3x3, which has no half"),
     ({"net": {"width": 40, "num_heads": 2}}, "multiple of 16"),

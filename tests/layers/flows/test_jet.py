@@ -24,8 +24,9 @@ def jet(*, grid: tuple[int, int] = (2, 2), token_dim: int = 4, std: float = 0.3,
 
 
 def released(kinds: list[str]) -> tuple[Jet, Tensor]:
-    """As many couplings of as many blocks as published, but narrow; and tokens for it."""
-    flow = jet(grid=(4, 4), token_dim=48, std=0.05, depth=32, block_depth=2, width=64, num_heads=4, kinds=kinds)
+    """As many couplings of as many blocks as published, JetFormer's where kinds are, but narrow; and tokens for it."""
+    blocks = 2 if "spatial" in kinds else 4
+    flow = jet(grid=(4, 4), token_dim=48, std=0.05, depth=32, block_depth=blocks, width=64, num_heads=4, kinds=kinds)
     return flow, torch.rand(2, 16, 48) * 2 - 1
 
 
