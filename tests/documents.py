@@ -2,6 +2,7 @@
 headers, read from the text, so that a test can hold them against the code."""
 
 import functools
+import os
 import re
 import shlex
 import subprocess
@@ -105,7 +106,8 @@ def lines(command: Command) -> list[list[str]]:
     words = command.words
     if "make" in words[:3]:
         make = ["make", "-n", *words[words.index("make") + 1 :], f"PYTHON={sys.executable}"]
-        done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+        outside = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MFLAGS")}
+        done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False, env=outside)
         assert done.returncode == 0, f"{command.text}: {done.stderr}"
         split = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
     else:
