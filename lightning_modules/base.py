@@ -112,6 +112,7 @@ class GenerativeModule(Pretrained, L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed run must have the sizes that the checkpoint was trained with."""
+        correct_epochs(checkpoint.get("loops", {}).get("fit_loop", {}))
         checkpoint["state_dict"] = with_frozen(checkpoint["state_dict"], self.tokenizer)
         check_fit(
             checkpoint["state_dict"], self.state_dict(), origin=f"the checkpoint {self.trainer.ckpt_path} (CKPT=)"
@@ -295,6 +296,20 @@ def planned_steps(trainer: L.Trainer) -> tuple[float, int]:
     epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
     steps = trainer.max_steps if trainer.max_steps != -1 else math.inf
     return min(steps, epochs * steps_per_epoch), steps_per_epoch
+
+
+def correct_epochs(fit_loop: dict[str, Any]) -> None:
+    """Count a saved loop's epochs as the loader does, in place.
+
+    Lightning counts one too few from the second resume on, if the run had stopped at the last step of an epoch each
+    time: it takes the epoch that it goes on with for the one that was stopped in.
+    """
+    loaders = fit_loop.get("state_dict", {}).get("combined_loader")
+    batches = fit_loop["epoch_loop.batch_progress"]["total"] if loaders else {}
+    if loaders and batches["completed"] == batches["processed"] - 1:  # saved at a batch's end, not at an epoch's
+        epoch = loaders[0]["epoch"]
+        for count in fit_loop["epoch_progress"].values():
+            count |= {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:

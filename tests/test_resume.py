@@ -107,6 +107,23 @@ def test_two_interrupts_in_one_run(unbroken, tmp_path):
         assert_same(result(), unbroken)
 
 
+def test_interrupts_at_the_ends_of_epochs(tmp_path):
+    """From the second on Lightning takes the epoch that follows for the one before; the noise depends on its number."""
+    for folder in ("whole", "broken"):
+        Path(tmp_path / folder).mkdir()
+    epochs = "--trainer.limit_train_batches=6"
+    with chdir(tmp_path / "whole"):
+        run(epochs)
+        expected = result()
+    with chdir(tmp_path / "broken"):
+        for step in (5, 11, 17):
+            with pytest.raises(SystemExit):
+                run(epochs, option(step), "--ckpt", "last" if step > 5 else "")
+            assert read_torch(recipes.find_checkpoint("jit_digits", "last"))["global_step"] == step + 1
+        run(epochs, "--ckpt", "last")
+        assert_same(result(), expected)
+
+
 def test_killed_run_resumes_bit_for_bit(unbroken, tmp_path):
     line = [sys.executable, "-m", "experiments.main", "fit", "--exp", "jit_digits", *SMALL]
     line += ["--trust-config", option(17, signal.SIGKILL)]  # of the tests' own callback
