@@ -29,9 +29,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if (self.lr is None) == (self.blr is None):
             raise ValueError(f"give exactly one of optim.lr ({self.lr}) and optim.blr ({self.blr})")
-        for name in ("lr", "blr", "min_lr"):
+        for name in ("lr", "blr", "min_lr", "weight_decay", "warmup_steps", "warmup_epochs"):
             if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}: a learning rate cannot be negative")
+                raise ValueError(f"optim.{name} is {getattr(self, name)}: it cannot be negative")
         if self.warmup_steps is not None and self.warmup_epochs is not None:
             raise ValueError(
                 f"give at most one of optim.warmup_steps ({self.warmup_steps}) and warmup_epochs ({self.warmup_epochs})"

@@ -96,7 +96,7 @@ TRAIN = [
     ),
     # optimisation, devices, callbacks
     (DIGITS + "--model.init_args.optim.blr=1e-3", "0.003", "exactly one of", "optim.blr (0.001)"),
-    (DIGITS + "--model.init_args.optim.lr=-1", "optim.lr is -1", "negative", "a learning rate cannot be"),
+    (DIGITS + "--model.init_args.optim.lr=-1", "optim.lr is -1", "negative", "it cannot be"),
     (DIGITS + "--model.init_args.optim.lr=1e30", "step", "not finite", "--model.init_args.optim.lr"),
     (DIGITS + "--ema.decays=[2]", "EMA decay 2", "not in [0, 1)", "0.99 to 0.9999"),
     (DIGITS + "--trainer.precision=bf16-true", "bf16-true", "round small updates away", "use bf16-mixed"),

@@ -25,6 +25,12 @@ def test_two_lengths_of_warmup_are_an_error_naming_both():
         OptimConfig(lr=1e-3, warmup_steps=10, warmup_epochs=2)
 
 
+@pytest.mark.parametrize("name", ["lr", "min_lr", "weight_decay", "warmup_steps", "warmup_epochs"])
+def test_what_cannot_be_negative_is_named(name):
+    with pytest.raises(ValueError, match=f"optim.{name} is -1: it cannot be negative"):
+        OptimConfig(**{"lr": 1e-3} | {name: -1})
+
+
 @pytest.mark.parametrize(("config", "rate"), [({"lr": 3e-4}, 3e-4), ({"blr": 5e-5}, 2e-4)])
 def test_base_rate_is_per_256_images_of_the_global_batch(config, rate):
     assert OptimConfig(**config).peak_lr(1024) == pytest.approx(rate, rel=1e-12)
