@@ -192,7 +192,11 @@ REPLACED = 12  # files of a run: the plan, five shards with their notes, meta.js
 
 @pytest.mark.parametrize(
     ("call_name", "before", "first"),
-    [("replace", True, 1), ("replace", False, 1), ("unlink", True, REPLACED + 1)],  # the first unlinks find nothing
+    [
+        ("replace", True, 1),
+        pytest.param("replace", False, 1, marks=pytest.mark.slow),
+        pytest.param("unlink", True, REPLACED + 1, marks=pytest.mark.slow),  # the first unlinks find nothing
+    ],
 )
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(photos, weights, tmp_path, unbroken, call_name, before, first):
     def write_all():

@@ -185,6 +185,7 @@ def test_a_cell_depends_on_its_key_alone(name):
     assert json.loads(json.dumps(first)) == first
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(places):
     settings = {**TINY["jit_toy"], "dims": [2], "predictions": ["x", "eps", "v"], "seeds": [0]}
     ledger.run(jit_toy.CLAIM, settings=settings, places=places, workers=2)

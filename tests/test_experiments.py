@@ -9,8 +9,10 @@ from experiments import recipes
 from experiments.load import instantiate, load_config, load_data, load_module
 from experiments.main import cli
 from tests.smoke import SMOKE, shrunken, smoke, tiny
+from tests.test_contract import FAMILIES
 
 EXPERIMENTS = recipes.names()
+QUICK = {*FAMILIES, *(name for name in EXPERIMENTS if name.endswith(("_digits", "_shapes")))}  # others differ in sizes
 
 
 def plain(value):
@@ -46,7 +48,9 @@ def test_header_states_source_figures_hardware_and_command(experiment):
         assert needed.lower() in header.lower(), needed
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(e, marks=[] if e in QUICK else pytest.mark.slow) for e in EXPERIMENTS]
+)
 def test_smoke(experiment, tmp_path):
     smoke(experiment, tmp_path)
 

@@ -63,9 +63,9 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize(
     ("signum", "step", "where"),
     [
-        (signal.SIGTERM, 3, "forward"),
+        pytest.param(signal.SIGTERM, 3, "forward", marks=pytest.mark.slow),
         (signal.SIGTERM, 21, "forward"),  # the last step of the epoch
-        (signal.SIGINT, 22, "forward"),  # the first of the next
+        pytest.param(signal.SIGINT, 22, "forward", marks=pytest.mark.slow),  # the first of the next
         (signal.SIGINT, 10, "batch_end"),
         (signal.SIGTERM, 16, "validation"),
     ],
@@ -136,6 +136,7 @@ def test_killed_run_resumes_bit_for_bit(unbroken, tmp_path):
         assert_same(result(), unbroken)
 
 
+@pytest.mark.slow
 def test_longer_run_of_a_finished_one_is_the_longer_run(unbroken, tmp_path):
     with chdir(tmp_path):
         # the cosine must know the whole length from the start, so the shorter run is cut by its schedule's own steps

@@ -62,7 +62,7 @@ def job(tmp_path, monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_job_of_slurm_saves_is_requeued_and_goes_on(signum, job, unbroken, tmp_path, monkeypatch, capsys):
     """The same line both times, without CKPT=. At SIGTERM it is SLURM who requeues, or somebody who cancels."""
     line = [*STEPS, option(2, signum)]

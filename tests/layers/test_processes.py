@@ -1,5 +1,6 @@
 """Means over processes: two of them, with half of a batch each, get what one gets of the whole."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -40,6 +41,7 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_discriminator_as_one(tmp_path):
     mp.spawn(work, (str(tmp_path),), nprocs=WORLD)
     expected = losses(0, 1)

@@ -84,6 +84,7 @@ def test_scores_are_those_of_the_predicted_maps(tmp_path):
     assert figures == {"pq": 1.0, "sq": 1.0, "rq": 1.0}
 
 
+@pytest.mark.slow
 def test_stage_1_learns_the_maps_it_has_seen(tmp_path):
     torch.manual_seed(0)
     module, datamodule = autoencoder(), data(length=8)

@@ -126,6 +126,7 @@ def _process(rank: int, world: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     mp.spawn(_process, (2, str(tmp_path)), nprocs=2)
     plain = measured(pictures(60), [torch.arange(60)], keep=60, against=reference())
@@ -136,7 +137,7 @@ def test_two_processes_agree_with_one(tmp_path):
             assert figures == pytest.approx(plain, rel=1e-6), name
 
 
-@pytest.mark.parametrize("name", ["randconv", "effnet_lite0"])
+@pytest.mark.parametrize("name", ["randconv", pytest.param("effnet_lite0", marks=pytest.mark.slow)])
 def test_distances_rank_damage(name):
     """Other pictures of the set are nearest, then blurred ones, then more blurred ones, far off those of noise."""
     from datamodules.shapes_scene import render

@@ -106,6 +106,7 @@ def train_compiled(module: MARModule, counts: list[int], phases: str) -> list[in
     return [counter.frame_count for counter in counters]
 
 
+@pytest.mark.slow
 def test_training_makes_one_graph_for_all_lengths(dynamo):
     module = tiny(side=16, depth=1)
     assert len(module.mask_counts()) == 20 and module.dynamic_shapes()
