@@ -84,6 +84,36 @@ class OneShotHead(Head):
             raise ValueError(f"num_steps is {num_steps}, but {type(self).__name__} answers at once: set it to 1")
 
 
+class LinearHead(OneShotHead):
+    """One linear map from conditions (R, E) to outputs (R, K), which guidance acts on; a head draws from them."""
+
+    def __init__(self, cond_dim: int, num_outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(cond_dim, num_outputs)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def sample(
+        self,
+        z: Tensor,
+        noise: Tensor,
+        *,
+        uncond: Tensor | None = None,
+        cfg_scale: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        num_steps: int = 1,
+        solver: str = "direct",
+    ) -> Tensor:
+        """See Head; what the temperature means: see `draw`."""
+        check_draws(noise, self.noise_shape(num_steps, solver), len(z))
+        rows, scale = stack_guidance(z, uncond, cfg_scale, torch.float32)
+        return self.draw(guide(self.linear(rows).float(), scale), noise, temperature)
+
+    def draw(self, outputs: Tensor, noise: Tensor, temperature: float) -> Tensor:
+        """Tokens (R, D) or ids (R,) from guided outputs (R, K). Raises ValueError for a temperature out of range."""
+        raise NotImplementedError
+
+
 def stack_guidance(
     z: Tensor, uncond: Tensor | None, cfg_scale: float | Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:

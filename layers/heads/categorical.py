@@ -6,20 +6,17 @@ normal draw per row, so noise has the same form as for the other heads, and one 
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from layers.heads.base import OneShotHead, Terms, check_draws, guide, stack_guidance
+from layers.heads.base import LinearHead, Terms
 from layers.heads.mixtures import quantile
 
 
-class CategoricalHead(OneShotHead):
+class CategoricalHead(LinearHead):
     """vocab_size ids 0..vocab_size-1 from conditions of cond_dim E."""
 
     def __init__(self, vocab_size: int, cond_dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(cond_dim, vocab_size)
-        nn.init.xavier_uniform_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        super().__init__(cond_dim, vocab_size)
 
     def loss(self, x: Tensor, z: Tensor, time: Tensor, noise: Tensor) -> Terms:
         """Term "loss": cross-entropy in nats of ids x (R,); time and noise are not looked at, so M is 1."""
@@ -30,22 +27,8 @@ class CategoricalHead(OneShotHead):
         self.check_one_step(num_steps, solver)
         return 1, 1
 
-    def sample(
-        self,
-        z: Tensor,
-        noise: Tensor,
-        *,
-        uncond: Tensor | None = None,
-        cfg_scale: float | Tensor = 1.0,
-        temperature: float = 1.0,
-        num_steps: int = 1,
-        solver: str = "direct",
-    ) -> Tensor:
-        """Ids (R,), int64. Guidance acts on the logits, which are divided by the temperature."""
-        check_draws(noise, self.noise_shape(num_steps, solver), len(z))
+    def draw(self, outputs: Tensor, noise: Tensor, temperature: float) -> Tensor:
+        """Ids (R,), int64, from logits, which are divided by the temperature."""
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}: logits are divided by it, so it must be positive")
-        rows, scale = stack_guidance(z, uncond, cfg_scale, torch.float32)
-        return quantile(
-            guide(self.linear(rows).float(), scale) / temperature, torch.special.ndtr(noise[0, :, 0].double())
-        )
+        return quantile(outputs / temperature, torch.special.ndtr(noise[0, :, 0].double()))

@@ -52,10 +52,10 @@ class HeadConfig:
 class Settings(NamedTuple):
     """What changes the law that tokens are drawn from; see `GMMHead.sample`."""
 
-    temperature: float
-    inv_temperature: float
-    top_p: float | None
-    clip_sigmas: float | None
+    temperature: float = 1.0
+    inv_temperature: float = 1.0
+    top_p: float | None = None
+    clip_sigmas: float | None = None
 
 
 class Draw(NamedTuple):
@@ -215,25 +215,22 @@ class GMMHead(OneShotHead):
         *,
         uncond: Tensor | None = None,
         cfg_scale: float | Tensor = 1.0,
-        temperature: float = 1.0,
         num_steps: int = 1,
         solver: str = "closed_form",
-        inv_temperature: float = 1.0,
-        top_p: float | None = None,
-        clip_sigmas: float | None = None,
+        **settings: float | None,
     ) -> tuple[Tensor, Tensor]:
-        """`sample`'s tokens (R, D), and their log-densities (R,) in nats under the tempered mixture.
+        """`sample`'s tokens (R, D), and their log-densities (R,) in nats under the tempered mixture; settings as there.
 
         Under guidance: under the product of the drawn components, summed over channels and not normalised, by which
         the official MaskGIT decoder ranks tokens.
         """
-        settings = Settings(temperature, inv_temperature, top_p, clip_sigmas)
-        token, guided = self._draw(z, noise, uncond, cfg_scale, num_steps, solver, settings)
+        law = Settings(**settings)
+        token, guided = self._draw(z, noise, uncond, cfg_scale, num_steps, solver, law)
         if guided is not None:
             return token, gmm_cfg.guided_log_density(token, *guided).sum(-1)
 
         def density(outputs: Tensor, x: Tensor) -> Tensor:
-            return self._token_log_prob(self._parse(outputs).tempered(temperature, inv_temperature), x)
+            return self._token_log_prob(self._parse(outputs).tempered(law.temperature, law.inv_temperature), x)
 
         return token, self._chunked(z, token, density)
 

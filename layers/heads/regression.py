@@ -4,20 +4,17 @@
 In: conditions (R, E). Out: terms per row, or tokens (R, D).
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from layers.heads.base import OneShotHead, Terms, check_draws, guide, stack_guidance
+from layers.heads.base import LinearHead, Terms
 
 
-class RegressionHead(OneShotHead):
+class RegressionHead(LinearHead):
     """A linear map from conditions of cond_dim E to tokens of token_dim D."""
 
     def __init__(self, token_dim: int, cond_dim: int) -> None:
-        super().__init__()
+        super().__init__(cond_dim, token_dim)
         self.token_dim = token_dim
-        self.linear = nn.Linear(cond_dim, token_dim)
-        nn.init.xavier_uniform_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
 
     def loss(self, x: Tensor, z: Tensor, time: Tensor, noise: Tensor) -> Terms:
         """Term "loss": squared error of the token; time and noise are not looked at, so M is 1."""
@@ -28,20 +25,8 @@ class RegressionHead(OneShotHead):
         self.check_one_step(num_steps, solver)
         return 0, self.token_dim
 
-    def sample(
-        self,
-        z: Tensor,
-        noise: Tensor,
-        *,
-        uncond: Tensor | None = None,
-        cfg_scale: float | Tensor = 1.0,
-        temperature: float = 1.0,
-        num_steps: int = 1,
-        solver: str = "direct",
-    ) -> Tensor:
-        """Tokens (R, D), the same for every noise; guidance acts on them."""
-        check_draws(noise, self.noise_shape(num_steps, solver), len(z))
+    def draw(self, outputs: Tensor, noise: Tensor, temperature: float) -> Tensor:
+        """Tokens (R, D): the outputs, for every noise."""
         if temperature != 1:
             raise ValueError(f"temperature is {temperature}, but a regression draws nothing: set it to 1")
-        rows, scale = stack_guidance(z, uncond, cfg_scale, noise.dtype)
-        return guide(self.linear(rows).float(), scale)
+        return outputs
