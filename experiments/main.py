@@ -151,7 +151,7 @@ def match_classes(experiment: str, argv: Sequence[str]) -> list[str]:
     if found is None or found == config["model"]["init_args"]["num_classes"]:
         return []
     changes = [f"num_classes={found}"]
-    if found == 1:
+    if found == 1 and not config["model"]["init_args"].get("text"):  # captions condition where one class cannot
         module = find_class(config["model"]["class_path"], "model", trusted=trusted)
         given = [word.partition("=")[0] for word in words]
         changes += [c for c in module.UNCONDITIONAL if f"--model.init_args.{c.partition('=')[0]}" not in given]

@@ -71,3 +71,16 @@ def test_the_recipes_own_data_changes_nothing():
     assert main.match_classes("jit_shapes", ["fit", "--data.init_args.label_by", "shape"]) == [
         "--model.init_args.num_classes=8"
     ]
+
+
+def test_captions_of_one_s_own_are_dropped_and_guided_though_there_is_one_class(tmp_path):
+    folder = make_folder(tmp_path / "mine", [f"{i}.png" for i in range(4)])
+    for picture in list(folder.iterdir()):
+        picture.with_suffix(".txt").write_text("a picture")
+    line = [
+        "fit",
+        "--data=datamodules.image_text.ImageTextData",
+        f"--data.init_args={{source: {folder}, image_size: 32}}",
+    ]
+    line += ["--data.init_args.columns={caption: .txt}"]
+    assert main.match_classes("dart_shapes", line) == ["--model.init_args.num_classes=1"]
