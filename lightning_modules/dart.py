@@ -375,6 +375,7 @@ class DARTModule(WithText, TrainedFor, GenerativeModule):
         state = read_own(path, None)
         if state is None:
             raise ValueError(f"coarse_from is {path}, which is no checkpoint of ours: give one of phase 1")
+        self.check_text_of(path)
         self.check_facts(state, path, but=["objective.hires_steps"])
         own = {name: self.state_dict()[name] for name in ("net.hires_embed", TRAINED_FOR)}
         self.load_weights(state | own, origin=path)

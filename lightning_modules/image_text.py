@@ -94,7 +94,12 @@ class ImageText(nn.Module):
 
     @torch.no_grad()
     def _given(self, images: Tensor, asked: Asked, generator: Generators, *, text_first: bool) -> tuple[Tensor, Tensor]:
-        """Bits of images (B,), nats per word of texts (B,), in this order of the two."""
+        """Bits of images (B,), nats per word of texts (B,), in this order of the two.
+
+        Raises ValueError for more or fewer labels or captions than images, and for labels where captions are learnt.
+        """
+        if len(asked) != len(images):
+            raise ValueError(f"{len(asked)} labels or captions were given for {len(images)} images: give each its own")
         with eval_mode(self):
             texts, (tokens, latents) = self._encoded_texts(asked), self._encoded_images(images, generator)
             h = self.hidden(latents.soft, texts, torch.full((len(images),), text_first, device=self.device))
@@ -129,9 +134,11 @@ class ImageText(nn.Module):
     def text_log_probs(self, images: Tensor, texts: Sequence[str], generator: Generators = None) -> Tensor:
         """log p of each of K texts behind each image: (B, K), in nats of whole texts, their ends included.
 
-        One forward pass for each text. Raises ValueError as `caption` does.
+        One forward pass for each text. Raises ValueError as `caption` does, and without texts.
         """
         self._check_text()
+        if not texts:
+            raise ValueError("no texts were given to compare: give one or more")
         with eval_mode(self):
             _, latents = self._encoded_images(images, generator)
             encoded, columns = self.encode_text(texts), []
@@ -150,9 +157,11 @@ class ImageText(nn.Module):
         return tokens, self.front(tokens.x)
 
     def _encoded_texts(self, asked: Asked) -> TextBatch:
-        if self.text is None and not isinstance(asked[0], str):
-            return label_batch(self.checked_labels(asked).to(self.device))
-        return self.encode_text(asked)
+        if all(isinstance(one, str) for one in asked):
+            return self.encode_text(asked)
+        if self.text is not None:
+            raise ValueError("this model was trained on captions and knows no labels: give one text for each image")
+        return label_batch(self.checked_labels(asked).to(self.device))
 
     def _check_text(self) -> None:
         if self.text is None:

@@ -24,6 +24,7 @@ from layers.flows.jet import JetConfig, permutation_names
 from layers.flows.linear import PCA
 from layers.guidance import for_branches
 from layers.heads.gmm import GMMHead
+from layers.heads.mixtures import check_temperatures
 from layers.networks import jetformer
 from layers.networks.jetformer import DecoderConfig, JetFormerDecoder, decoder_rules
 from layers.precision import cast_linear_
@@ -94,6 +95,9 @@ class JetFormerSampling:
     cfg_scale: float = 1.0  # density-based guidance, 1 + the paper's w; off at 1
     guidance: Literal["closed_form", "rejection"] = "closed_form"  # rejection: the official algorithm
     prompts: list[str] = field(default_factory=list)  # models of captions: what label i stands for, round and round
+
+    def __post_init__(self) -> None:
+        check_temperatures(self.temperature, self.inv_temperature)
 
 
 class Draws(NamedTuple):
@@ -194,6 +198,7 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self._check_guidance(self.sampling)  # before the first step, not at the first grid of samples
         if stage == "fit" and not self.init_from and self.trainer.ckpt_path is None:
             if self.flow_from:
                 load_flow(self.front.jet, self.flow_from)
@@ -337,12 +342,8 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
 
     def soft_tokens(self, texts: TextBatch, sampling: JetFormerSampling, generator: Generators = None) -> Tensor:
         """Soft tokens (B, N, D), one after another, with a KV cache; guidance doubles the batch, not the calls."""
+        self._check_guidance(sampling)
         size, guided = len(texts["text"]), sampling.cfg_scale != 1
-        if guided and not self.objective.prefix_drop_prob:
-            raise ValueError(
-                f"sampling.cfg_scale is {sampling.cfg_scale}, but guidance needs a model that knows texts and their "
-                f"absence: objective.prefix_drop_prob is 0; set cfg_scale to 1"
-            )
         nothing = torch.arange(size * (1 + guided), device=self.device) >= size  # which branch is without text
         text, mask = (None if t is None else for_branches(t, nothing) for t in (texts["text"], self.mask_of(texts)))
         prompt = self.net.image_prompt(text, text_mask=mask, drop_prefix=nothing)
@@ -361,6 +362,13 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
 
         return autoregress(h, step, draw, self.tokenizer.seq_len)
 
+    def _check_guidance(self, sampling: JetFormerSampling) -> None:
+        if sampling.cfg_scale != 1 and not self.objective.prefix_drop_prob:
+            raise ValueError(
+                f"sampling.cfg_scale is {sampling.cfg_scale}, but guidance needs a model that knows texts and their "
+                f"absence: objective.prefix_drop_prob is 0; set cfg_scale to 1"
+            )
+
     # Official files
 
     def _with_new_classes(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -368,6 +376,8 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
         if self.text is not None:
             raise ValueError("init_classes=new is for class labels, but this model learns captions: leave it at keep")
         name, tables = "net.text_embed.weight", self.net.config.text_tables
+        if name not in state or state[name].shape[1] != self.net.config.width or len(state[name]) % tables:
+            return state  # the strict load reports it
         ours, theirs = (t.unflatten(0, (tables, -1)) for t in (self.net.text_embed.weight.detach().cpu(), state[name]))
         rows = torch.cat([ours[:, : self.num_classes], theirs[:, self.num_classes - ours.shape[1] :]], dim=1)
         return state | {name: rows.flatten(0, 1)}

@@ -9,6 +9,7 @@ of it. Without a tokenizer the class label is a text of one token.
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,8 @@ from layers.text.base import TextTokenizer
 from layers.text.batches import SpecialIds, TextBatch, decode_batch, encode_batch, label_batch, special_ids
 from layers.text.bpe import BPETokenizer
 from lightning_modules.config import class_of
+from lightning_modules.pretrained import is_npz
+from lightning_modules.weights import read_own, read_torch
 
 CAPTIONS = 100_000  # that a vocabulary is learnt from: more would change little, and reading them decodes the images
 
@@ -78,6 +81,20 @@ class WithText(L.LightningModule):
         check_text(checkpoint["hyper_parameters"].get("text"), self.text)
         super().on_load_checkpoint(checkpoint)
 
+    def load_official(self, path: str | Path, *, key: str | None = None) -> None:
+        """As Pretrained's. One of our checkpoints must be of the same text tokenizer: ids of another mean other words,
+        and no shape shows it."""
+        self.check_text_of(path)
+        super().load_official(path, key=key)
+
+    def check_text_of(self, path: str | Path) -> None:
+        """Raises ValueError if a file is a checkpoint of ours that was trained with another text tokenizer."""
+        if is_npz(path) or read_own(path, "raw") is None:
+            return
+        arguments = read_torch(path).get("hyper_parameters")
+        if isinstance(arguments, Mapping) and "text" in arguments:
+            check_text(arguments["text"], self.text, origin=f"the checkpoint {path}")
+
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         return self.with_text(super().on_before_batch_transfer(batch, dataloader_idx))
 
@@ -121,13 +138,15 @@ def as_text_tokenizer(value: TextTokenizer | Mapping[str, Any] | None) -> TextTo
         raise ValueError(f"text tokenizer {name}: {error}") from error
 
 
-def check_text(saved: Mapping[str, Any] | None, tokenizer: TextTokenizer | None) -> None:
+def check_text(
+    saved: Mapping[str, Any] | None, tokenizer: TextTokenizer | None, *, origin: str = "the checkpoint"
+) -> None:
     """Raises ValueError if a checkpoint's tokenizer (its config) is another than ours. Where its file lies is free."""
     theirs, ours = _described(saved), _described(text_config(tokenizer))
     for name in {**theirs, **ours}:
         if theirs.get(name) != ours.get(name):
             raise ValueError(
-                f"the checkpoint was trained with a text tokenizer of {name}={theirs.get(name)}, this run has"
+                f"{origin} was trained with a text tokenizer of {name}={theirs.get(name)}, this run has"
                 f" {ours.get(name)}: set --model.init_args.text back (a vocabulary's file too)"
             )
 
@@ -156,4 +175,5 @@ def _described(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """What has to agree of two configs."""
     if config is None:
         return {"class_path": None}
-    return {"class_path": config["class_path"]} | {k: v for k, v in config["init_args"].items() if k != "path"}
+    class_path, arguments = class_of(config, "text")
+    return {"class_path": class_path} | {k: v for k, v in arguments.items() if k != "path"}

@@ -31,7 +31,7 @@ class TrainedFor(L.LightningModule):
         """Raise ValueError for weights that were trained for anything else, `but` for these settings."""
         if NAME not in state:
             return  # the strict load says so
-        theirs = json.loads(bytes(state[NAME].tolist()))
+        theirs = _decoded(state[NAME], origin)
         for name, ours in self._facts.items():
             if name not in but and theirs.get(name) != ours:
                 raise ValueError(
@@ -45,3 +45,14 @@ class TrainedFor(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_facts(checkpoint["state_dict"], f"the checkpoint {self.trainer.ckpt_path} (CKPT=)")
         super().on_load_checkpoint(checkpoint)
+
+
+def _decoded(coded: Tensor, origin: str) -> Facts:
+    """The facts of a file, which may be a stranger's."""
+    try:
+        facts = json.loads(bytes(coded.tolist()))
+    except (TypeError, ValueError):  # no bytes, or no JSON
+        facts = None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{origin} does not say what it was trained for: '{NAME}' in it is damaged")
+    return facts

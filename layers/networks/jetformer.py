@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layers.checkpoint import Rule
+from layers.checks import check_positive
 from layers.flax_layout import State, linear_rules, stack, unstack
 from layers.gather import take
 from layers.gemma import GemmaBlock, block_rules
@@ -44,6 +45,10 @@ class DecoderConfig:
     grad_checkpointing: bool = False  # recompute blocks in the backward pass
 
     def __post_init__(self) -> None:
+        check_positive("net", self, "width", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_hidden")
+        check_positive("net", self, "text_tables")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"net.dropout is {self.dropout}: it is the share that is dropped, 0 to below 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"net.num_heads {self.num_heads} is not divisible by net.num_kv_heads {self.num_kv_heads}: as many "

@@ -1,4 +1,4 @@
-"""MaskGIT's VQGAN for 256x256 images, the tokenizer of RAR (Yu et al., arXiv 2411.00776) and of DART: the released
+"""MaskGIT's VQGAN for 256x256 images, the tokenizer of RAR (Yu et al., arXiv 2411.00776): the released
 `maskgit-vqgan-imagenet-f16-256.bin` (bytedance/1d-tokenizer, `modeling/modules/maskgit_vqgan.py` and `titok.py`).
 
 Stride 16 and 1024 codes of 256 numbers: 16x16 ids. Unusual: the network sees pixels in [0, 1], and decoded images are

@@ -184,6 +184,23 @@ def test_a_run_does_not_resume_with_another_vocabulary(tmp_path):
     )
 
 
+def test_weights_of_another_vocabulary_are_refused_wherever_a_run_starts_from_them(tmp_path):
+    pytest.importorskip("tokenizers")
+    for name, words in (("a", "round wheels"), ("b", "other words")):
+        BPETokenizer(str(tmp_path / f"{name}.json"), 262).train([words, words.replace("s", "")] * 5)
+    path, own = tmp_path / "a.ckpt", Reader(text=learning(tmp_path / "a.json"))
+    saved = {"state_dict": own.state_dict(), "hyper_parameters": dict(own.hparams)}
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match=rf"{path} was trained with a text tokenizer of sha256=.* back \(a vocabulary"):
+        Reader(text=learning(tmp_path / "b.json")).load_official(path)
+    own.load_official(path)
+    torch.save({"state_dict": own.state_dict()}, path)  # says nothing of texts
+    own.load_official(path)
+    torch.save(saved | {"hyper_parameters": {"text": "a.json"}}, path)
+    with pytest.raises(ValueError, match=r"text is 'a.json', expected a class_path"):
+        own.load_official(path)
+
+
 def test_a_vocabulary_needs_captions(tmp_path):
     pytest.importorskip("skimage")
     with pytest.raises(ValueError, match="no captions to learn a text vocabulary from"):

@@ -51,3 +51,9 @@ def test_a_setting_may_be_left_out_and_a_state_without_any_is_the_strict_loads_b
     state = Module(steps=5).state_dict()
     Module().check_facts(state, "file", but=["objective.steps"])
     Module().check_facts({}, "file")
+
+
+@pytest.mark.parametrize("coded", [[], list(b"[1]"), list(b"{"), [1.5], [300], 3])
+def test_a_damaged_note_is_one_error(coded):
+    with pytest.raises(ValueError, match=r"^file does not say what it was trained for: 'trained_for' in it is damaged"):
+        Module().check_facts({NAME: torch.tensor(coded)}, "file")

@@ -1,6 +1,7 @@
 """JetFormer without golden files: constants of the likelihood, noise, both orders, samplers, captions, ablations."""
 
 import logging
+from dataclasses import asdict
 
 import lightning as L
 import pytest
@@ -389,6 +390,9 @@ def test_new_classes_get_rows_in_every_table_and_special_ones_stay():
     state = ours._with_new_classes(dict(theirs.state_dict()))
     found, official = state["net.text_embed.weight"].view(2, 8, -1), theirs.net.text_embed.weight.view(2, 10, -1)
     assert torch.equal(found[:, :5], fresh[:, :5]) and torch.equal(found[:, 5:], official[:, 7:])
+    for other in ({"text_tables": 3}, {"width": 64}):  # the strict load says what differs
+        wrong = module(num_classes=5, init_classes="new", net=asdict(theirs.net.config) | other)
+        assert wrong._with_new_classes(dict(theirs.state_dict())).keys() == theirs.state_dict().keys()
     with pytest.raises(ValueError, match="init_classes=new is for class labels"):
         module(captions=True, init_classes="new")._with_new_classes({})
 
@@ -424,6 +428,8 @@ def test_costs_can_be_counted_without_data(captions):
         ({"objective": {"rgb_noise_min": 65.0}}, "must not grow"),
         ({"objective": {"text_first_prob": 1.5}}, "text_first_prob is 1.5: it must be in 0..1"),
         ({"factor": {"dim": 49}}, "factor.dim is 49, but tokens have 48 numbers"),
+        ({"sampling": {"temperature": 0.0}}, "temperature is 0.0"),
+        ({"sampling": {"inv_temperature": -1.0}}, "inv_temperature is -1.0"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(changes, message):
@@ -437,6 +443,7 @@ def test_arguments_that_do_not_go_together_are_refused(changes, message):
         (lambda m: m.caption(images(1)), "trained on class labels and knows no text"),
         (lambda m: m.image_bits(images(1), ["a"]), "trained on class labels and knows no text: give LABELS="),
         (lambda m: m.image_bits(images(1), [5]), "label 5 is out of range"),
+        (lambda m: m.image_bits(images(2), [0]), "1 labels or captions were given for 2 images"),
         (lambda m: m.image_bits(images(1, 9), [0]), "images are 9x9, the tokenizer expects 8"),
         (lambda m: m.sample([0], JetFormerSampling(temperature=0.0)), "temperature is 0.0"),
     ],
@@ -452,6 +459,10 @@ def test_errors_of_a_model_of_captions():
         built.caption(images(1), temperature=-1.0)
     with pytest.raises(ValueError, match="the data has no captions, which this model learns"):
         built.training_loss({"image": images(1), "label": torch.zeros(1)})
+    with pytest.raises(ValueError, match="trained on captions and knows no labels: give one text for each image"):
+        built.image_bits(images(2), [0, 1])
+    with pytest.raises(ValueError, match="no texts were given to compare"):
+        built.classify(images(1), [])
 
 
 def test_guidance_of_a_model_that_always_saw_its_texts_is_refused():
@@ -459,6 +470,8 @@ def test_guidance_of_a_model_that_always_saw_its_texts_is_refused():
     with pytest.raises(ValueError, match=r"cfg_scale is 2.0, but guidance needs .* set cfg_scale to 1"):
         built.sample([0], JetFormerSampling(cfg_scale=2.0))
     built.sample([0])
+    with pytest.raises(ValueError, match=r"cfg_scale is 2.0, but guidance needs"):  # before a step is lost
+        fit(module(objective={"prefix_drop_prob": 0.0}, sampling={"cfg_scale": 2.0}))
 
 
 def test_flow_from_a_file_of_another_kind_is_refused(tmp_path):

@@ -188,6 +188,10 @@ def test_the_cache_is_of_the_products_precision():
         ({"num_kv_heads": 3}, "net.num_heads 16 is not divisible by net.num_kv_heads 3"),
         ({"head_dim": 7}, "net.head_dim is 7: rotary"),
         ({"text_head": "untied"}, "net.text_tables is 16 with net.text_head=untied"),
+        ({"num_kv_heads": 0}, "net.num_kv_heads is 0: it must be positive"),
+        ({"depth": -1}, "net.depth is -1: it must be positive"),
+        ({"text_tables": 0}, "net.text_tables is 0: it must be positive"),
+        ({"dropout": 1.0}, "net.dropout is 1.0: it is the share that is dropped"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(changes, message):
