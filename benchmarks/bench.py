@@ -81,8 +81,7 @@ def random_batch(module: GenerativeModule, size: int, device: str) -> dict[str, 
     label = torch.randint(0, module.num_classes, (size,), device=device)
     image = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, device=device)
     if not module.tokenizer.frozen:
-        blank = module.blank_batch(size, device) if hasattr(module, "blank_batch") else {}
-        return {**blank, "image": image, "label": label}
+        return module.blank_batch(size, device) | {"image": image, "label": label}
     module.tokenizer.loaded = True  # random weights will do
     raw = module.tokenizer.encode_image(image[:1])
     return {"raw": raw.repeat(size, *[1] * (raw.ndim - 1)), "label": label}

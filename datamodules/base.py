@@ -102,9 +102,7 @@ class BatchData(L.LightningDataModule, ABC):
         self, image_size: int, batch_size: int, *, num_workers: int = 0, seed: int = 0, limit_n: int | None = None
     ) -> None:
         super().__init__()
-        for name, value in (("image_size", image_size), ("batch_size", batch_size), ("limit_n", limit_n)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_counts(image_size=image_size, batch_size=batch_size, limit_n=limit_n)
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers} must be 0 (read in the main process) or more")
         self.image_size, self.batch_size = image_size, batch_size
@@ -236,3 +234,10 @@ class BatchData(L.LightningDataModule, ABC):
             return batches
         limit = self.trainer.limit_train_batches
         return max(1, min(batches, limit if isinstance(limit, int) else int(batches * limit)))
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise ValueError unless these arguments are 1 or more, or None."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")

@@ -8,16 +8,15 @@ are drawn when rows are read.
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from datamodules.base import Batch, RowDataset
-from datamodules.sampler import PREFETCH_BATCHES, RowKey, as_batch
-from datamodules.shards import ShardRows, ShardWriter
+from datamodules.shards import ShardRows, ShardWriter, shard_batches
 
 SHARD_BYTES = 1 << 28  # what an interrupt loses at most, and what writing holds in memory
 READ_ROWS = 32  # rows that a worker hands over at a time
@@ -67,34 +66,13 @@ def write_crop_cache(
     todo = [number for number in writer.numbers() if not writer.is_written(number)]
     _check_space(Path(folder), row_bytes * sum(len(writer.rows_of(number)) for number in todo))
     report = _Report(len(rows), sum(len(writer.rows_of(number)) for number in todo), say)
-    for number, batches in _cropped(rows, writer, todo, num_workers=num_workers):
-        parts = [report.count(batch) for batch in batches]
-        captions = [text for part in parts for text in part["caption"]] if "caption" in parts[0] else None
-        writer.write(number, _joined(parts, writer.rows_of(number)), captions=captions)
-    writer.finish()
-
-
-def _cropped(
-    rows: RowDataset, writer: ShardWriter, todo: Sequence[int], *, num_workers: int
-) -> Iterator[tuple[int, Iterator[Batch]]]:
-    """(shard number, its batches in order) for every shard of `todo`, read by one pool of workers."""
     ranges = {number: writer.rows_of(number) for number in todo}
-    keys = (
-        [RowKey(0, index) for index in covered[start : start + READ_ROWS]]
-        for covered in ranges.values()
-        for start in range(0, len(covered), READ_ROWS)
-    )
-    loader = DataLoader(
-        rows,
-        batch_sampler=keys,
-        num_workers=num_workers,
-        prefetch_factor=PREFETCH_BATCHES if num_workers > 0 else None,
-        collate_fn=as_batch,
-        generator=torch.Generator().manual_seed(0),  # its own: nothing is drawn from the global one
-    )
-    batches = iter(loader)
+    batches = shard_batches(rows, ranges, batch_rows=READ_ROWS, num_workers=num_workers)
     for number, covered in ranges.items():
-        yield number, (next(batches) for _ in range(0, len(covered), READ_ROWS))
+        parts = [report.count(batch) for _, batch in islice(batches, -(-len(covered) // READ_ROWS))]
+        captions = [text for part in parts for text in part["caption"]] if "caption" in parts[0] else None
+        writer.write(number, _joined(parts, covered), captions=captions)
+    writer.finish()
 
 
 def _joined(parts: Sequence[Batch], covered: range) -> dict[str, torch.Tensor]:

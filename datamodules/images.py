@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from datamodules.base import BatchData, RowDataset
+from datamodules.base import BatchData, RowDataset, check_counts
 from datamodules.crop_cache import crop_key, open_crop_cache, write_crop_cache
 from datamodules.folders import FileStore
 from datamodules.image_rows import ImageRows, OnBad, report_scan, try_rows
@@ -21,6 +21,7 @@ from datamodules.shards import ShardRows
 from datamodules.sources import (
     ArrowStore,
     ArrowTable,
+    chosen_splits,
     count_classes,
     count_hub_classes,
     find_split,
@@ -92,8 +93,7 @@ class ImageData(BatchData):
         seed: int = 0,
     ) -> None:
         super().__init__(image_size, batch_size, num_workers=num_workers, seed=seed, limit_n=limit_n)
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes={num_classes} must be at least 1")
+        check_counts(num_classes=num_classes)
         if on_bad not in ("skip", "error"):
             raise ValueError(f"on_bad={on_bad!r} is unknown: use 'skip' or 'error'")
         if shard_rows is not None and not streaming:
@@ -255,14 +255,7 @@ class ImageData(BatchData):
         return crop_key(self.source, split, self.image_size, columns=self.columns, exif=self.exif)
 
     def _split_names(self, names: list[str]) -> list[str]:
-        """The training split and, unless there is none, the validation split."""
-        train = pick_split(names, self.split, source=self.source)
-        if self.val_split is None:
-            return [train]
-        if self.val_split != "auto":
-            return [train, pick_split(names, self.val_split, source=self.source)]
-        found = find_split([name for name in names if name != train], "validation")
-        return [train] if found is None else [train, found]
+        return chosen_splits(names, self.split, self.val_split, source=self.source)
 
     def _say_if_unvalidated(self, names: list[str]) -> None:
         if len(names) == 1 and self.val_split == "auto":

@@ -18,7 +18,7 @@ from datamodules.base import BatchData, RowDataset
 from datamodules.label_ops import Box, canonical_ids, crop_maps, inception_box, resize_image, resize_maps
 from datamodules.label_sources import FolderPairs, TablePairs, open_pairs, read_pair
 from datamodules.sampler import RowKey, hash64
-from datamodules.sources import find_split, is_local, open_splits, pick_split
+from datamodules.sources import chosen_splits, is_local, open_splits
 
 MAPS = {"panoptic": ("semantics", "instances"), "depth": ("depth",)}
 Task = Literal["panoptic", "depth"]
@@ -71,12 +71,8 @@ class LabelMapData(BatchData):
     def make_datasets(self) -> tuple[RowDataset, RowDataset | None]:
         """Opens both splits."""
         splits = open_splits(self.source, cache_dir=self.cache_dir)
-        train = pick_split(list(splits), self.split, source=self.source)
-        if self.val_split == "auto":
-            val = find_split([name for name in splits if name != train], "validation")
-        else:
-            val = self.val_split and pick_split(list(splits), self.val_split, source=self.source)
-        return self._rows(splits[train], training=True), self._rows(splits[val], training=False) if val else None
+        train, *val = chosen_splits(list(splits), self.split, self.val_split, source=self.source)
+        return self._rows(splits[train], training=True), self._rows(splits[val[0]], training=False) if val else None
 
     def _rows(self, split: Any, *, training: bool) -> "LabelMapRows":
         pairs = open_pairs(split, self.source, self.columns or {})
@@ -116,7 +112,7 @@ class LabelMapRows(RowDataset):
     def __getitems__(self, keys: Sequence[RowKey]) -> dict[str, Any]:
         rows = [self._read(key) for key in keys]
         images, maps = (torch.from_numpy(np.stack(part)) for part in list(zip(*rows, strict=True))[:2])
-        batch = as_batch(images, maps, self.task)
+        batch = map_batch(images, maps, self.task)
         if not self.training:
             batch["truth"] = [torch.from_numpy(np.ascontiguousarray(truth)) for _, _, truth in rows]
         return batch
@@ -149,7 +145,7 @@ class LabelMapRows(RowDataset):
         return Box(top, left, bottom - top, right - left)
 
 
-def as_batch(images: Tensor, maps: Tensor, task: Task) -> dict[str, Any]:
+def map_batch(images: Tensor, maps: Tensor, task: Task) -> dict[str, Any]:
     """Images (B, 3, S, S) and maps (B, K, S, S) under their names."""
     named = dict(zip(MAPS[task], maps.unbind(1), strict=True))
     return {"image": images, "label": torch.zeros(len(images), dtype=torch.int64)} | named

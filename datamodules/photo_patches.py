@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.base import Batch, BatchData, RowDataset
+from datamodules.base import Batch, BatchData, RowDataset, check_counts
 from datamodules.sampler import RowKey, coin, hash64
 from datamodules.transforms import flip_horizontal, to_uint8_chw
 
@@ -111,9 +111,7 @@ class PhotoPatchesData(BatchData):
         super().__init__(image_size, batch_size, num_workers=num_workers, seed=seed, limit_n=limit_n)
         if image_size > MAX_SIZE:
             raise ValueError(f"image_size={image_size} leaves too little of the small photos: use at most {MAX_SIZE}")
-        for name, value in (("length", length), ("val_length", val_length)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_counts(length=length, val_length=val_length)
         if label_by not in ("image", "none"):
             raise ValueError(f"label_by={label_by!r} is unknown: use 'image' (15 classes) or 'none' (one)")
         self.length, self.val_length, self.flip, self.label_by = length, val_length, flip, label_by

@@ -7,7 +7,6 @@ Pictures are never mirrored: "left" is part of a caption. Samples are scored by 
 """
 
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,10 +16,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from datamodules.base import Batch, BatchData, RowDataset
+from datamodules.base import Batch, BatchData, RowDataset, check_counts
 from datamodules.sampler import RowKey
 from datamodules.shapes_oracle import read_attributes
 from datamodules.shapes_scene import ATTRIBUTES, NAMES, SPLITS, TEMPLATES, caption, render
+from datamodules.shards import replacing
 
 CLASSES = {
     "shape_colour": [f"{colour} {shape}" for shape in NAMES["shape"] for colour in NAMES["colour"]],
@@ -83,9 +83,7 @@ class ShapesData(BatchData):
         cache_dir: str | None = "auto",
     ) -> None:
         super().__init__(image_size, batch_size, num_workers=num_workers, seed=seed, limit_n=limit_n)
-        for name, value in (("length", length), ("val_length", val_length)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_counts(length=length, val_length=val_length)
         if label_by not in CLASSES:
             raise ValueError(f"label_by='{label_by}' is unknown: use {' or '.join(CLASSES)}")
         if not 0 <= seed < 1 << 64:
@@ -193,16 +191,11 @@ def _drawn(length: int, size: int, *, seed: int, split: str) -> Iterator[np.ndar
 def _write(path: Path, length: int, parts: Iterator[np.ndarray], kind: np.dtype) -> None:
     """An .npy file of the parts, one after another, that is seen only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # processes of several nodes may write here
     header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (length,)}
-    try:
-        with open(unfinished, "wb") as file:
-            np.lib.format.write_array_header_2_0(file, header)
-            for part in parts:
-                file.write(part.tobytes())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        np.lib.format.write_array_header_2_0(file, header)
+        for part in parts:
+            file.write(part.tobytes())
 
 
 def _rate(right: Tensor) -> float:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.base import BatchData, RowDataset
-from datamodules.label_maps import MAPS, Task, as_batch
+from datamodules.base import BatchData, RowDataset, check_counts
+from datamodules.label_maps import MAPS, Task, map_batch
 from datamodules.label_ops import canonical_ids
 from datamodules.sampler import RowKey
 from datamodules.shapes_scene import BACKGROUNDS, COLOUR_JITTER, COLOURS, MAX_ANGLE, NAMES, NOISE, SPLITS, coverage
@@ -55,9 +55,7 @@ class ShapesLabelMaps(BatchData):
         limit_n: int | None = None,
     ) -> None:
         super().__init__(image_size, batch_size, num_workers=num_workers, seed=seed, limit_n=limit_n)
-        for name, value in (("max_objects", max_objects), ("length", length), ("val_length", val_length)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_counts(max_objects=max_objects, length=length, val_length=val_length)
         if task not in MAPS:
             raise ValueError(f"task='{task}' is unknown: use {' or '.join(MAPS)}")
         self.task, self.max_objects, self.length, self.val_length = task, max_objects, length, val_length
@@ -87,7 +85,7 @@ class SceneRows(RowDataset):
 
     def __getitems__(self, keys: Sequence[RowKey]) -> dict[str, Any]:
         rows = torch.tensor([key.index for key in keys])
-        batch = as_batch(self.images[rows], self.maps[rows], self.task)
+        batch = map_batch(self.images[rows], self.maps[rows], self.task)
         return batch | ({"truth": list(self.maps[rows])} if self.with_truth else {})
 
 

@@ -135,7 +135,7 @@ class ShardWriter:
         from safetensors.torch import save_file
 
         path = self.folder / f"shard-{number:05d}.safetensors"
-        with _replacing(path) as part:
+        with replacing(path) as part:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
             return {"file": path.name, "bytes": part.stat().st_size, "sha256": sha256(part)}
 
@@ -323,14 +323,14 @@ def _check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pat
 
 
 def _replace_json(path: Path, value: Mapping[str, Any]) -> None:
-    with _replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file of its own to write to, which becomes `path` when all went well: nobody ever sees a part of `path`."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # processes of several nodes may write here
     try:
         yield part
         os.replace(part, path)

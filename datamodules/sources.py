@@ -196,6 +196,17 @@ def pick_split(names: Sequence[str], wanted: str, *, source: str) -> str:
     raise ValueError(f"'{source}' has no split '{wanted}': it has {sorted(names)}; {cure}")
 
 
+def chosen_splits(names: Sequence[str], split: str, val_split: str | None, *, source: str) -> list[str]:
+    """The training split and, unless there is none, the validation split; "auto": that of the source, if it has one."""
+    train = pick_split(names, split, source=source)
+    if val_split is None:
+        return [train]
+    if val_split != "auto":
+        return [train, pick_split(names, val_split, source=source)]
+    found = find_split([name for name in names if name != train], "validation")
+    return [train] if found is None else [train, found]
+
+
 def is_local(source: str) -> bool:
     """Whether `source` can only be a path, or is one that exists: a hub id is "name" or "owner/name"."""
     path = Path(source).expanduser()

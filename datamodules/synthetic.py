@@ -18,7 +18,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from datamodules.base import BatchData, RowDataset, TensorRows
+from datamodules.base import BatchData, RowDataset, TensorRows, check_counts
 from datamodules.sampler import RowKey, hash64
 
 NOISE = 32  # largest distance of a pixel from the colour of its class, in grey levels
@@ -40,9 +40,7 @@ class SyntheticData(BatchData):
         limit_n: int | None = None,
     ) -> None:
         super().__init__(image_size, batch_size, num_workers=num_workers, seed=seed, limit_n=limit_n)
-        for name, value in (("num_classes", num_classes), ("length", length), ("val_length", val_length)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_counts(num_classes=num_classes, length=length, val_length=val_length)
         self.num_classes = num_classes
         self.class_names = [f"class {c}" for c in range(num_classes)]
         self.length, self.val_length = length, val_length
@@ -163,10 +161,8 @@ class MixtureData(BatchData):
         limit_n: int | None = None,
     ) -> None:
         super().__init__(image_size, batch_size, num_workers=num_workers, seed=seed, limit_n=limit_n)
-        sizes = {"token_dim": token_dim, "num_modes": num_modes, "num_classes": num_classes}
-        for name, value in {**sizes, "length": length, "val_length": val_length}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_counts(token_dim=token_dim, num_modes=num_modes, num_classes=num_classes)
+        check_counts(length=length, val_length=val_length)
         self.token_dim, self.num_modes, self.num_classes = token_dim, num_modes, num_classes
         self.length, self.val_length = length, val_length
 

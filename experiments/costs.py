@@ -99,20 +99,6 @@ def is_cached(config: dict[str, Any]) -> bool:
     return "images" in (config["data"].get("init_args") or {})
 
 
-def fake_batch(module: GenerativeModule, size: int, device: str, *, cached: bool = False) -> dict[str, Tensor]:
-    """A batch of `size` black images of class 0, with empty maps where the module wants some, or of what a cache holds
-    of them."""
-    if hasattr(module, "blank_batch"):
-        return module.blank_batch(size, device)
-    side = module.tokenizer.image_size
-    image = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
-    label = torch.zeros(size, dtype=torch.int64, device=device)
-    if not cached:
-        return {"image": image, "label": label}
-    with torch.no_grad():
-        return {"raw": module.tokenizer.encode_image(image), "label": label}
-
-
 def count_activations(config: dict[str, Any]) -> Activations:
     """With fake tensors, which have shapes and types but no memory, and which autocast treats as it does real ones.
 
@@ -121,7 +107,7 @@ def count_activations(config: dict[str, Any]) -> Activations:
     precision = config["trainer"].get("precision", "32-true")
     with FakeTensorMode():
         module = _without_files(instantiate(config["model"], "model").train())
-        batches = [fake_batch(module, size, "cpu", cached=is_cached(config)) for size in COUNTED_BATCHES]
+        batches = [module.blank_batch(size, "cpu", cached=is_cached(config)) for size in COUNTED_BATCHES]
         fewer, more = (_kept_bytes(module, batch, precision) for batch in batches)
     eager, matmuls = (b - a for a, b in zip(fewer, more, strict=True))
     copies = max(0, fewer[0] - COUNTED_BATCHES[0] * eager)
@@ -141,7 +127,7 @@ def _kept_bytes(module: GenerativeModule, batch: dict[str, Tensor], precision: s
 
 def training_flops(module: GenerativeModule, *, cached: bool = False) -> tuple[float, float]:
     """FLOPs per image of the loss, and of a training step: three forwards, but one of a frozen tokenizer."""
-    batch = fake_batch(module, 2, "meta", cached=cached)
+    batch = module.blank_batch(2, "meta", cached=cached)
     random.seed(MASKING_SEED)
     with torch.no_grad():
         forward = count_flops(lambda: module.training_loss(batch)) / 2
@@ -209,7 +195,7 @@ def sampling_flops(module: GenerativeModule) -> int:
         if not hasattr(module, "reconstruct"):
             module.sample([0])
             return
-        batch = fake_batch(module, 1, "meta")
+        batch = module.blank_batch(1, "meta")
         module.reconstruct(module.packed(batch) if hasattr(module, "packed") else batch["image"])
 
     try:

@@ -20,7 +20,7 @@ from torch import Tensor
 from experiments import recipes, results
 from experiments.errors import one_line_errors
 from experiments.image_files import ImageSet, ImageWriter, read_images
-from experiments.load import load_config, load_data
+from experiments.load import load_config, load_data, split_overrides
 from experiments.sample import add_source, load
 from lightning_modules.base import GenerativeModule
 from lightning_modules.evaluation import Evaluation
@@ -59,12 +59,6 @@ def check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise ValueError(f"{name.upper() if name != 'batch_size' else '--batch_size'} is {value}: give 1 or more")
-
-
-def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of the data (which judge images by themselves), and the rest, of the model."""
-    data = [text for text in overrides if text.startswith("--data.")]
-    return data, [text for text in overrides if text not in data]
 
 
 def make_evaluation(options: argparse.Namespace, data_overrides: Sequence[str]) -> Evaluation:

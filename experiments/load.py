@@ -89,6 +89,20 @@ def load_data(experiment: str, overrides: Sequence[str] = ()) -> Any:
     return instantiate(load_config(experiment, overrides)["data"], "data")
 
 
+def ready_data(experiment: str, overrides: Sequence[str] = ()) -> Any:
+    """The same, with its rows at hand."""
+    data = load_data(experiment, overrides)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the data, and the rest, of the model."""
+    data = [text for text in overrides if text.startswith("--data.")]
+    return data, [text for text in overrides if text not in data]
+
+
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     """Key by key; lists are replaced; another `class_path` drops the old `init_args`. As LightningCLI merges.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from experiments.errors import one_line_errors
-from experiments.load import load_data
+from experiments.load import ready_data, split_overrides
 from experiments.sample import add_source, load
 from lightning_modules.callbacks.latents import write_stats
 
@@ -32,13 +32,11 @@ def main() -> None:
     options, overrides = parse()
     if options.num < 1:
         raise ValueError(f"NUM is {options.num}: latents of at least one image have to be measured")
-    data = [text for text in overrides if text.startswith("--data.")]
-    module, source = load(options, [text for text in overrides if text not in data])
+    data, overrides = split_overrides(overrides)
+    module, source = load(options, overrides)
     if not hasattr(module, "measure_latents"):
         raise ValueError(f"{options.exp} trains no tokenizer: give a recipe of an autoencoder, such as EXP=vae")
-    datamodule = load_data(options.exp, data)
-    datamodule.prepare_data()
-    datamodule.setup()
+    datamodule = ready_data(options.exp, data)
     measured = module.to(options.device).measure_latents(datamodule, options.num, seed=options.seed)
     write_stats(measured, Path(source), options.ema or "first average")
 

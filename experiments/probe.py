@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Generator
 
 from experiments.errors import one_line_errors
-from experiments.load import load_data
+from experiments.load import ready_data, split_overrides
 from experiments.sample import add_source, load
 from lightning_modules.base import GenerativeModule
 
@@ -74,13 +74,11 @@ def main() -> None:
     options, overrides = parse()
     if options.num < 1 or options.l2 <= 0:
         raise ValueError(f"NUM is {options.num} and --l2 {options.l2}: both must be positive")
-    data = [text for text in overrides if text.startswith("--data.")]
-    module, source = load(options, [text for text in overrides if text not in data])
+    data, overrides = split_overrides(overrides)
+    module, source = load(options, overrides)
     if not hasattr(module, "representations"):
         raise ValueError(f"{type(module).__name__} names no representations to probe: GIVT-Causal does (EXP=givt)")
-    datamodule = load_data(options.exp, data)
-    datamodule.prepare_data()
-    datamodule.setup()
+    datamodule = ready_data(options.exp, data)
     module.to(options.device)
     (train, labels), (val, val_labels) = (
         read(module, batches(datamodule, split, limit, options.device), seed=options.seed)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.load import load_data
+from experiments.load import ready_data
 from lightning_modules.base import GenerativeModule, to_uint8
 from lightning_modules.callbacks.samples import shown_of, side_by_side
 from lightning_modules.paths import shown
@@ -35,9 +35,7 @@ def reconstruct(module: GenerativeModule, options: argparse.Namespace, data: Seq
         raise ValueError("--compile is for samplers: leave it out")
     if options.num < 1:
         raise ValueError(f"NUM is {options.num}: give the number of images to show")
-    datamodule = load_data(options.exp, data)
-    datamodule.prepare_data()
-    datamodule.setup()
+    datamodule = ready_data(options.exp, data)
     module.to(options.device)
     originals = module.originals(datamodule, options.num)
     images = torch.cat([to_uint8(module.reconstruct(part)) for part in originals.split(options.batch_size)]).cpu()

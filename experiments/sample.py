@@ -24,7 +24,15 @@ from torch import Tensor
 from datamodules.decode import FORMATS, decode
 from experiments import recipes
 from experiments.errors import one_line_errors
-from experiments.load import check_arguments, find_class, instantiate, load_config, merge, parse_override
+from experiments.load import (
+    check_arguments,
+    find_class,
+    instantiate,
+    load_config,
+    merge,
+    parse_override,
+    split_overrides,
+)
 from experiments.reconstruct import reconstruct
 from layers.random import row_generators
 from lightning_modules.base import GenerativeModule, to_uint8
@@ -204,8 +212,8 @@ def main() -> None:
     if hasattr(find_class(load_config(options.exp)["model"]["class_path"], "model"), "reconstruct"):
         if options.image or options.mask:
             raise ValueError(f"{options.exp} gives images back and edits none: leave out IMAGE= and MASK=")
-        data = [text for text in overrides if text.startswith("--data.")]
-        module, source = load(options, [text for text in overrides if text not in data])
+        data, overrides = split_overrides(overrides)
+        module, source = load(options, overrides)
         reconstruct(module, options, data, source)
         return
     edit = read_edit(options)

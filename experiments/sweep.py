@@ -24,8 +24,8 @@ from experiments.evaluate import (
     make_evaluation,
     prepared,
     score,
-    split_overrides,
 )
+from experiments.load import split_overrides
 from experiments.sample import add_source, load
 from lightning_modules.evaluation import Evaluation
 from lightning_modules.paths import shown

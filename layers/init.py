@@ -1,9 +1,9 @@
-"""Initialisations of flax that torch.nn.init lacks."""
+"""Initialisations that torch.nn.init lacks: one of flax, and one of whole networks."""
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TRUNCATED_AT = 2.0
 # standard deviation of a standard normal variable that is so truncated (flax `variance_scaling`)
@@ -21,3 +21,13 @@ def lecun_normal_(weight: Tensor) -> Tensor:
     inside = math.erf(TRUNCATED_AT / math.sqrt(2))
     normal = weight.uniform_(-inside, inside).erfinv_().mul_(math.sqrt(2))
     return normal.clamp_(-TRUNCATED_AT, TRUNCATED_AT).mul_(sigma)
+
+
+@torch.no_grad()
+def xavier_linears_(network: nn.Module) -> None:
+    """All linear maps of a network Xavier uniform, with zero bias: DiT's start, and so that of JiT and MAR's heads."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -23,6 +23,14 @@ def randn(shape: Sequence[int], generator: Generators, *, device: torch.device |
     return torch.stack([torch.randn(*shape[1:], generator=g, device=device) for g in generator])
 
 
+def token_noise(
+    batch: int, draws: int, tokens: int, dim: int, *, generator: Generators, device: torch.device | str
+) -> Tensor:
+    """Standard normal noise (draws, batch * tokens, dim) of a head: each image's comes from its own generator."""
+    noise = randn((batch, draws, tokens, dim), generator, device=device)
+    return noise.transpose(0, 1).flatten(1, 2)
+
+
 def row_generators(seed: int, indices: Sequence[int], *, device: torch.device | str) -> list[Generator]:
     """One generator per image index: image i of a seed is the same whatever batch or process draws it."""
     return [torch.Generator(device).manual_seed(mix_seed(seed, i)) for i in indices]

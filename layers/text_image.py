@@ -14,22 +14,6 @@ from torch import Tensor
 from layers.gather import take
 
 
-class Vocab(NamedTuple):
-    """Rows of one text table, and which of them are no words: BOS begins a text, BOI an image, NOLABEL is no prefix."""
-
-    size: int
-    bos: int
-    boi: int
-    nolabel: int
-
-    @classmethod
-    def of_words(cls, num_words: int, *, boi: int | None = None) -> Self:
-        """The special ids behind the words; `boi`: a word that serves as BOI (official ignore_pad: the end of text)."""
-        if boi is None:
-            return cls(num_words + 3, bos=num_words, boi=num_words + 1, nolabel=num_words + 2)
-        return cls(num_words + 2, bos=num_words, boi=boi, nolabel=num_words + 1)
-
-
 class Inputs(NamedTuple):
     """What the blocks read. valid: where a token is (None: everywhere). prefix: as many places at the beginning, which
     all see each other (None: nothing sees what comes later)."""

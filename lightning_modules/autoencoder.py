@@ -7,7 +7,7 @@ where LDM encodes the batch a second time, with the autoencoder just updated, fo
 In: uint8 images (B, 3, H, W). Out: losses; a checkpoint that serves as `weights` of a frozen tokenizer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,16 +28,16 @@ from layers.discriminator import (
 )
 from layers.perceptual import PerceptualDistance
 from layers.random import Generators
-from layers.tokenizers.base import Tokenizer, from_uint8
+from layers.tokenizers.base import KEYS, Tokenizer, from_uint8
 from layers.tokenizers.conv import LatentStatistics, LatentTokenizer, PosteriorTokenizer, latent_statistics
 from layers.tokenizers.vq import IdTokenizer
 from lightning_modules.base import Batch, GenerativeModule, eval_mode
 from lightning_modules.config import as_config
 from lightning_modules.optim import OptimConfig
+from lightning_modules.pictures import rows_to_show, spread_rows
 from lightning_modules.tokenizer_weights import read_autoencoder
 from lightning_modules.weights import check_named, read_official
 
-TOKENIZER = "--model.init_args.tokenizer"
 MEASURED_AT_ONCE = 64  # images
 
 
@@ -104,16 +104,8 @@ class AutoencoderModule(GenerativeModule):
         init_classes: Literal["keep", "new"] = "keep",
         compile: bool = False,
     ) -> None:
-        super().__init__(
-            tokenizer,
-            num_classes,
-            optim,
-            None,
-            init_from=init_from,
-            init_key=init_key,
-            init_classes=init_classes,
-            compile=compile,
-        )
+        loading = {"init_from": init_from, "init_key": init_key, "init_classes": init_classes}
+        super().__init__(tokenizer, num_classes, optim, None, **loading, compile=compile)
         check_tokenizer(self.tokenizer)
         self.objective = as_config(AutoencoderObjective, objective)
         config = as_config(DiscriminatorConfig, discriminator)
@@ -125,9 +117,7 @@ class AutoencoderModule(GenerativeModule):
             objective=self.objective,
             discriminator=config,
             optim=self.optim,
-            init_from=init_from,
-            init_key=init_key,
-            init_classes=init_classes,
+            **loading,
             compile=compile,
         )
 
@@ -185,11 +175,7 @@ class AutoencoderModule(GenerativeModule):
 
         Raises ValueError if the images have another size than the tokenizer's.
         """
-        if tuple(images.shape[-2:]) != (self.tokenizer.image_size,) * 2:
-            raise ValueError(
-                f"images are {images.shape[-2]}x{images.shape[-1]}, the tokenizer expects {self.tokenizer.image_size}: "
-                f"give --data.init_args.image_size and {TOKENIZER}.init_args.image_size the same value"
-            )
+        self.tokenizer.check_size(images)
         return self.tokenizer.vae.encode(from_uint8(images))
 
     def bottleneck(self, encoded: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -269,8 +255,7 @@ class AutoencoderModule(GenerativeModule):
 
     def originals(self, datamodule: Any, count: int) -> Tensor:
         """`count` images, or all if there are fewer, spread over the validation set (else the training set): uint8."""
-        rows = datamodule.train_set if datamodule.val_set is None else datamodule.val_set
-        return torch.cat(list(spread_images(rows, count))).to(self.device)
+        return torch.cat([row["image"] for row in spread_rows(rows_to_show(datamodule), count)]).to(self.device)
 
     def sample(self, labels: Tensor | Sequence[int], sampling: Any = None, generator: Generators = None) -> NoReturn:
         """Raises ValueError: there are no labels here to draw images for."""
@@ -286,7 +271,7 @@ class AutoencoderModule(GenerativeModule):
         """
         if not isinstance(self.tokenizer, LatentTokenizer):
             raise ValueError(f"the tokens of {type(self.tokenizer).__name__} are ids: they have no scale to measure")
-        images = spread_images(datamodule.train_set, count)
+        images = (row["image"] for row in spread_rows(datamodule.train_set, count))
         chunks = iter(lambda: list(islice(images, MEASURED_AT_ONCE)), [])
         batches = ({"image": torch.cat(chunk).to(self.device)} for chunk in chunks)
         generator = Generator(self.device).manual_seed(seed)
@@ -312,16 +297,15 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raise ValueError unless this tokenizer can be trained here."""
     if not isinstance(tokenizer, PosteriorTokenizer | IdTokenizer):
         raise ValueError(
-            f"{type(tokenizer).__name__} is not trained here: set {TOKENIZER} to layers.tokenizers.kl_vae."
-            f"KLVAETokenizer, beta_vae.BetaVAETokenizer, vq.VQTokenizer or maskgit_vq.MaskGITVQTokenizer"
+            f"{type(tokenizer).__name__} is not trained here: set --model.init_args.tokenizer to "
+            f"layers.tokenizers.kl_vae.KLVAETokenizer, beta_vae.BetaVAETokenizer, vq.VQTokenizer or "
+            f"maskgit_vq.MaskGITVQTokenizer"
         )
     if tokenizer.frozen:
-        raise ValueError(
-            f"the tokenizer is frozen, so there is nothing to train: set {TOKENIZER}.init_args.frozen=false"
-        )
+        raise ValueError(f"the tokenizer is frozen, so there is nothing to train: set {KEYS}.frozen=false")
     if tokenizer.weights:
         raise ValueError(
-            f"{TOKENIZER}.init_args.weights is '{tokenizer.weights}', but this one is trained: to start from a file, "
+            f"{KEYS}.weights is '{tokenizer.weights}', but this one is trained: to start from a file, "
             f"give OFFICIAL= (--model.init_args.init_from)"
         )
 
@@ -338,13 +322,6 @@ def read_files(paths: list[str]) -> dict[str, Tensor]:
         check_named(path)
         state |= read_official(path, None, keys=())
     return state
-
-
-def spread_images(rows: Any, count: int) -> Iterator[Tensor]:
-    """`count` images of a row dataset at even distances, all if it has fewer, each uint8 (1, 3, H, W)."""
-    size = len(rows)
-    for i in range(min(count, size)):
-        yield rows[i * size // min(count, size)]["image"]
 
 
 def psnr(output: Tensor, target: Tensor) -> Tensor:

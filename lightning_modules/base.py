@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 
 from layers.checkpoint import check_fit
 from layers.precision import cast_linear_
+from layers.processes import several_processes
 from layers.random import Generators, mix_seed, row_generators
 from layers.tokenizers.base import Tokenizer, Tokens
 from layers.tokenizers.base import to_uint8 as to_uint8
@@ -80,6 +81,9 @@ class GenerativeModule(Pretrained, L.LightningModule):
         """int64 labels (B,) -> tokens (B, L, D)."""
         raise NotImplementedError
 
+    def check_sampling(self, sampling: Any) -> None:
+        """Raise ValueError for sampler settings that cannot work with this model; asked before the first step."""
+
     def no_weight_decay(self, name: str, param: nn.Parameter) -> bool:
         """Parameters without weight decay besides 1-D ones and biases."""
         return False
@@ -99,6 +103,16 @@ class GenerativeModule(Pretrained, L.LightningModule):
     def dynamic_shapes(self) -> bool:
         """Whether shapes differ from step to step, so that they are compiled once for any size, not once for each."""
         return False
+
+    def blank_batch(self, size: int, device: torch.device | str, *, cached: bool = False) -> Batch:
+        """What costs are counted on (experiments/costs.py): black images of class 0, or what a cache holds of them."""
+        side = self.tokenizer.image_size
+        image = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
+        label = torch.zeros(size, dtype=torch.int64, device=device)
+        if not cached:
+            return {"image": image, "label": label}
+        with torch.no_grad():
+            return {"raw": self.tokenizer.encode_image(image), "label": label}
 
     def save_arguments(self, **arguments: Any) -> None:
         """Store constructor arguments as plain values, so that checkpoints load with weights_only=True."""
@@ -127,8 +141,13 @@ class GenerativeModule(Pretrained, L.LightningModule):
         prepare_strategy(self, self.trainer)
         load_tokenizer_weights(self.tokenizer)
         check_cache(self, self.trainer.datamodule)
-        if stage == "fit" and self.init_from and self.trainer.ckpt_path is None:
+        if self.init_from and self.is_first_start(stage):
             self.load_official(self.init_from, key=self.init_key)
+        self.check_sampling(self.sampling)  # not only at the first grid of samples
+
+    def is_first_start(self, stage: str) -> bool:
+        """Whether training begins here, not goes on from a checkpoint: the moment to load what it starts from."""
+        return stage == "fit" and self.trainer.ckpt_path is None
 
     def on_fit_start(self) -> None:
         if self.compile_enabled and self.device.type != "cuda":
@@ -228,6 +247,10 @@ class GenerativeModule(Pretrained, L.LightningModule):
         every = self.trainer.log_every_n_steps  # 0 switches logging off
         return every > 0 and (self.trainer.global_step + 1) % every == 0
 
+    def writes_figures(self) -> bool:
+        """Whether figures beside the loss are written of this batch: in validation, and at logged steps."""
+        return not self.training or (self._trainer is not None and self._logs_this_step())
+
     def configure_optimizers(self) -> dict[str, Any]:
         config, trainer = self.optim, self.trainer
         if not hasattr(trainer.datamodule, "steps_per_epoch"):
@@ -315,7 +338,7 @@ def correct_epochs(fit_loop: dict[str, Any]) -> None:
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Sums by name; a rank may lack a name, or have none at all."""
     ranks = [values]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if several_processes():
         ranks = [{} for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(ranks, values)
     names = dict.fromkeys(name for rank in ranks for name in rank)

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from layers.text.base import TextTokenizer
 from layers.tokenizers.base import Tokenizer
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def unknown_key(name: str, known: list[str]) -> str:
     )
 
 
-def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_config(tokenizer: Tokenizer | TextTokenizer) -> dict[str, Any]:
     """{"class_path", "init_args"} of a tokenizer, as in a recipe."""
     cls = type(tokenizer)
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": tokenizer.init_args()}
@@ -52,18 +53,25 @@ def as_tokenizer(value: Tokenizer | Mapping[str, Any]) -> Tokenizer:
     """
     if isinstance(value, Tokenizer):
         return value
-    class_path, arguments = class_of(value, "tokenizer")
+    return made_in("layers.tokenizers", Tokenizer, *class_of(value, "tokenizer"), kind="tokenizer")
+
+
+def made_in(package: str, base: type[T], class_path: str, arguments: Mapping[str, Any], *, kind: str) -> T:
+    """An object of a subclass of `base` below `package`, and of no other: a checkpoint's config is a stranger's.
+
+    Raises ValueError, in which `kind` says what was wanted.
+    """
     module, _, name = class_path.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name) if module.startswith("layers.tokenizers.") else None
+        cls = getattr(importlib.import_module(module), name) if module.startswith(f"{package}.") else None
     except (ImportError, AttributeError):
         cls = None
-    if not (isinstance(cls, type) and issubclass(cls, Tokenizer)):
-        raise ValueError(f"'{class_path}' is no tokenizer class in layers.tokenizers: not loaded")
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(f"'{class_path}' is no {kind} class in {package}: not loaded")
     try:
         return cls(**arguments)
     except TypeError as error:
-        raise ValueError(f"tokenizer {name}: {error}") from error
+        raise ValueError(f"{kind} {name}: {error}") from error
 
 
 def class_of(config: Any, name: str) -> tuple[str, Mapping[str, Any]]:

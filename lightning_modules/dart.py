@@ -10,13 +10,13 @@ In: tokens (B, K, D), class labels or captions. Out: velocities, tokens.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule
-from layers.checks import check_positive
+from layers.checks import check_positive, check_share
 from layers.diffusion.nomad import Nomad, Schedule, Weight, clean, mix
 from layers.guidance import cfg, for_branches
 from layers.heads.flow import FlowHead
@@ -40,7 +40,6 @@ from lightning_modules.trained_for import TrainedFor
 from lightning_modules.weights import read_own
 
 Variant = Literal["dart", "dart_ar", "dart_fm"]
-VARIANTS = ("dart", "dart_ar", "dart_fm")
 
 
 @dataclass
@@ -54,8 +53,7 @@ class DARTObjective:
     label_drop_prob: float = 0.1  # of classes and captions, for guidance
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_drop_prob <= 1:
-            raise ValueError(f"objective.label_drop_prob is {self.label_drop_prob}: it must be in 0..1")
+        check_share("objective", self, "label_drop_prob")
         if self.hires_steps < 0 or self.hires_steps == 1:
             raise ValueError(f"objective.hires_steps is {self.hires_steps}: use 0 for one resolution, or 2 and more")
 
@@ -176,8 +174,8 @@ class DARTModule(WithText, TrainedFor, GenerativeModule):
 
     def _check(self, config: DARTConfig) -> None:
         """Raise ValueError for arguments that do not go together."""
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant is '{self.variant}': use {', '.join(VARIANTS)}")
+        if self.variant not in get_args(Variant):
+            raise ValueError(f"variant is '{self.variant}': use {', '.join(get_args(Variant))}")
         fine, causal = self.objective.hires_steps, self.variant == "dart_ar"
         if self.tokenizer.vocab_size:
             raise ValueError(f"DART's tokens are continuous, {type(self.tokenizer).__name__} makes ids: use another")
@@ -187,11 +185,7 @@ class DARTModule(WithText, TrainedFor, GenerativeModule):
             raise ValueError(
                 "net.step_embed is a part of each step's class vector: it is not for captions, hires_steps or dart_ar"
             )
-        if self.sampling.prompts and self.text is None:
-            raise ValueError(
-                f"sampling.prompts is {self.sampling.prompts}, but this model learns class labels: give LABELS=, not "
-                f"TEXT=, or set --model.init_args.text to learn captions"
-            )
+        self.check_prompts(self.sampling.prompts)
         if self.coarse_from and not self.objective.hires_steps:
             raise ValueError(f"coarse_from is {self.coarse_from}, but objective.hires_steps is 0: use init_from")
 
@@ -202,10 +196,8 @@ class DARTModule(WithText, TrainedFor, GenerativeModule):
         return [Stage(steps, half_size(self.tokenizer).grid), Stage(fine, self.tokenizer.grid)]
 
     def setup(self, stage: str) -> None:
-        """Guidance that cannot work is an error before the first step, not at the first grid of samples."""
         super().setup(stage)
-        self._check_guidance(self.sampling)
-        if stage == "fit" and self.coarse_from and not self.init_from and self.trainer.ckpt_path is None:
+        if self.coarse_from and not self.init_from and self.is_first_start(stage):
             self.load_coarse(self.coarse_from)
 
     def compiled_modules(self) -> list[nn.Module]:
@@ -285,17 +277,15 @@ class DARTModule(WithText, TrainedFor, GenerativeModule):
         goal, hidden, start = (t.flatten(0, 2) for t in rows)
         return self.head(goal, hidden, part.time.flatten()[None], start[None])["loss"].mean()
 
-    def blank_batch(self, size: int, device: torch.device | str) -> Batch:
-        """What costs are counted on (experiments/costs.py): black images, empty texts; what can be cached, encoded."""
-        side = self.tokenizer.image_size
-        image = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
-        batch: Batch = {"image": image, "label": torch.zeros(size, dtype=torch.int64, device=device)}
+    def blank_batch(self, size: int, device: torch.device | str, *, cached: bool = False) -> Batch:
+        """As GenerativeModule's, with empty texts; whatever can be cached is encoded."""
+        batch = super().blank_batch(size, device)
         if self.text is not None:
             text = torch.zeros(size, self.text_len, dtype=torch.int64, device=device)
             batch |= {"text": text, "text_mask": text > 0}
         elif len(self.processes) == 1:
             with torch.no_grad():
-                batch["raw"] = self.tokenizer.encode_image(image)
+                batch["raw"] = self.tokenizer.encode_image(batch["image"])
         return batch
 
     # Sampling
@@ -310,22 +300,15 @@ class DARTModule(WithText, TrainedFor, GenerativeModule):
             if self.has_flow:
                 self.head.capture_sampling()
 
-    def checked_labels(self, labels: Tensor | Sequence[int]) -> Tensor:
-        """As GenerativeModule's; of a model of captions they are numbers of prompts, and any will do."""
-        return super().checked_labels(labels) if self.text is None else torch.as_tensor(labels, dtype=torch.int64)
-
     def sample_tokens(self, labels: Tensor, sampling: DARTSampling, generator: Generators = None) -> Tensor:
         """Tokens (B, K, D) for labels (B,), or for the prompts that they stand for; without prompts, for no text."""
-        self._check_guidance(sampling)
+        self.check_sampling(sampling)
         shapes = [(len(labels), stage.num_steps, stage.block, self.tokenizer.token_dim) for stage in self.net.stages]
         noises = [randn(shape, generator, device=self.device) for shape in shapes]
-        asked: Batch = {"label": labels}
-        if self.text is not None:
-            prompts = self.encode_text(sampling.prompts or [""])
-            asked = {name: tensor[labels % len(tensor)] for name, tensor in prompts.items()}
+        asked = {"label": labels} if self.text is None else self.prompts_of(labels, sampling.prompts)
         return self.generate(noises, asked, sampling)
 
-    def generate(self, noises: Sequence[Tensor], asked: Batch, sampling: DARTSampling) -> Tensor:
+    def generate(self, noises: Sequence[Tensor], asked: Batch | TextBatch, sampling: DARTSampling) -> Tensor:
         """The sampler for given noise of each resolution, (B, T, K, D); `asked`: label (B,), or text and text_mask.
 
         Both guidance branches are one batch; conditions are computed once for all steps.
@@ -358,7 +341,8 @@ class DARTModule(WithText, TrainedFor, GenerativeModule):
             x = denoise(partial(predict, gammas=own), noise, own, refine=refine if self.has_flow else None)
         return x
 
-    def _check_guidance(self, sampling: DARTSampling) -> None:
+    def check_sampling(self, sampling: DARTSampling) -> None:
+        """Raise ValueError for guidance where there is nothing to guide away from."""
         if sampling.cfg_scale != 1 and not self.objective.label_drop_prob:
             raise ValueError(
                 f"sampling.cfg_scale is {sampling.cfg_scale}, but guidance needs a model that was also trained without "

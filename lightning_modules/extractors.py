@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.weights import check_named, read_torch
+from lightning_modules.weights import check_named, file_sha256, read_torch
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # first digits; the file's name carries them
@@ -172,9 +172,3 @@ def inception_path(weights: str | Path | None = None) -> Path:
             f"{INCEPTION_SHA256}...) there from {INCEPTION_URL}; EXTRACTOR=effnet_lite0 works offline, but is no FID"
         )
     return path
-
-
-def file_sha256(path: str | Path) -> str:
-    """Checksum of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

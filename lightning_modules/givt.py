@@ -14,14 +14,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule
-from layers.checks import check_positive
+from layers.checks import check_positive, check_share
 from layers.flows.adapter import AdapterConfig, FlowAdapter, adapter_rules
 from layers.gather import take
 from layers.guidance import for_branches
 from layers.heads.gmm import GMMHead, HeadConfig
 from layers.networks.givt import GIVT, GIVTCache, GIVTConfig, trunk_rules, unrolled
 from layers.precision import cast_linear_, compute_dtype
-from layers.random import Generators, randn
+from layers.random import Generators, randn, token_noise
 from layers.samplers.autoregressive import Beams, autoregress, beam_search
 from layers.samplers.maskgit import (
     choice_temperatures,
@@ -38,6 +38,7 @@ from lightning_modules.config import as_config
 from lightning_modules.editing import Editable
 from lightning_modules.likelihood import likelihood_terms
 from lightning_modules.optim import OptimConfig
+from lightning_modules.pretrained import TRAINED_TOKENIZER
 from lightning_modules.protocol import Protocol
 
 # from this probability on every label is dropped, in training and in sampling. Official `decode`
@@ -53,9 +54,7 @@ class GIVTObjective:
     mask_schedule: str = "cosine"  # or pow:p
 
     def __post_init__(self) -> None:
-        for name in ("label_drop_prob", "mask_rate_min"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"objective.{name} is {getattr(self, name)}: it must be in 0..1")
+        check_share("objective", self, "label_drop_prob", "mask_rate_min")
         mask_ratio(torch.zeros(1), self.mask_schedule)  # an unknown one is an error now, not at the first step
 
 
@@ -149,11 +148,6 @@ class GIVTModule(Editable, GenerativeModule):
             **loading,
         )
 
-    def setup(self, stage: str) -> None:
-        """Sampler settings that cannot work are an error before the first step, not at the first grid of samples."""
-        super().setup(stage)
-        self.check_sampling(self.sampling)
-
     @property
     def causal(self) -> bool:
         return self.net.config.causal
@@ -200,7 +194,7 @@ class GIVTModule(Editable, GenerativeModule):
         h = self.net(x, labels)
         terms = self._head_terms(x, h)
         figures = likelihood_terms(terms["nll"].sum(1) - logdet, tokens, batch)
-        return {"loss": terms["loss"].mean(), **figures, **self._statistics(h)}
+        return {"loss": terms["loss"].mean(), **figures, **self._usage(h)}
 
     def masked_loss(self, x: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Mean over the masked tokens of the global batch of the head's loss; weights (B, L) of `mask_weights`."""
@@ -208,7 +202,7 @@ class GIVTModule(Editable, GenerativeModule):
             x, _ = self.adapter(x)
         h = self.net(x, labels, weights > 0)
         terms = {name: (term * weights).sum(1).mean() for name, term in self._head_terms(x, h).items()}
-        return {"loss": terms["loss"], "nats_per_token": terms["nll"], **self._statistics(h)}
+        return {"loss": terms["loss"], "nats_per_token": terms["nll"], **self._usage(h)}
 
     def _masks(self, rows: int, seq_len: int, *, generator: Generator | None, device: torch.device) -> Tensor:
         """`mask_weights` of masks (rows, L) for the global batch."""
@@ -223,11 +217,9 @@ class GIVTModule(Editable, GenerativeModule):
         terms = self.head(x.flatten(0, 1), rows, time, time[..., None])
         return {name: term[0].view(x.shape[:2]) for name, term in terms.items()}
 
-    def _statistics(self, h: Tensor) -> dict[str, Tensor]:
-        """How the components are used, where it is written: in validation and at logged steps."""
-        if self.training and (self._trainer is None or not self._logs_this_step()):
-            return {}
-        return self.head.usage(h.detach().flatten(0, 1))
+    def _usage(self, h: Tensor) -> dict[str, Tensor]:
+        """How the components are used, where it is written."""
+        return self.head.usage(h.detach()) if self.writes_figures() else {}
 
     def on_validation_epoch_end(self) -> None:
         """Raises ValueError where scales have collapsed, which no later step would mend."""
@@ -366,8 +358,7 @@ class GIVTModule(Editable, GenerativeModule):
         draws, dim = self.head.noise_shape(1, sampling.guidance)
 
         def draw(tokens: int) -> Tensor:
-            noise = randn((batch, draws, tokens, dim), generator, device=self.device)
-            return noise.transpose(0, 1).flatten(1, 2)
+            return token_noise(batch, draws, tokens, dim, generator=generator, device=self.device)
 
         return draw
 
@@ -396,5 +387,4 @@ class GIVTModule(Editable, GenerativeModule):
 
     def official_rules(self) -> list[Rule]:
         """Names are the official ones, apart for each block; kernels are transposed, queries, keys and values fused."""
-        trained = Rule("tokenizer.*", "tokenizer.*")  # a tokenizer that is not frozen; no official file has it
-        return [trained, *trunk_rules(self.net.config.num_heads), *adapter_rules()]
+        return [TRAINED_TOKENIZER, *trunk_rules(self.net.config.num_heads), *adapter_rules()]

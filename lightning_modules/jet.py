@@ -9,20 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Generator, Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from layers.checkpoint import Rule
-from layers.flows.jet import Jet, JetConfig, jet_rules, normal_nats, permutation_names, stacked, unrolled
+from layers.flows.jet import Jet, JetConfig, jet_rules, normal_nats, stacked, unrolled
 from layers.likelihood import bits_per_dim
-from layers.precision import cast_linear_
 from layers.random import Generators, randn
 from layers.tokenizers.base import Tokenizer
 from lightning_modules.base import Batch, GenerativeModule
 from lightning_modules.config import as_config
 from lightning_modules.likelihood import likelihood_terms
 from lightning_modules.optim import OptimConfig
+from lightning_modules.pretrained import TRAINED_TOKENIZER
 
 
 @dataclass
@@ -55,31 +53,19 @@ class JetModule(GenerativeModule):
         compile: bool = False,
     ) -> None:
         sampling = as_config(JetSampling, sampling)
-        super().__init__(
-            tokenizer,
-            num_classes,
-            optim,
-            sampling,
-            init_from=init_from,
-            init_key=init_key,
-            init_classes=init_classes,
-            compile=compile,
-        )
+        loading = {"init_from": init_from, "init_key": init_key, "init_classes": init_classes}
+        super().__init__(tokenizer, num_classes, optim, sampling, **loading, compile=compile)
         config = as_config(JetConfig, net)
         if self.tokenizer.vocab_size:
             raise ValueError("a flow maps numbers, but this tokenizer's tokens are ids: use DequantisedTokenizer")
         self.net = Jet(config, grid=self.tokenizer.grid, token_dim=self.tokenizer.token_dim)
-        # permutations are the same everywhere, by their seed or their file: DDP would send them at every step
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, permutation_names(self))
         self.save_arguments(
             tokenizer=self.tokenizer,
             num_classes=num_classes,
             net=config,
             sampling=sampling,
             optim=self.optim,
-            init_from=init_from,
-            init_key=init_key,
-            init_classes=init_classes,
+            **loading,
             compile=compile,
         )
 
@@ -110,11 +96,7 @@ class JetModule(GenerativeModule):
 
     def prepare_sampling(self, *, compile: bool = False) -> None:
         """As GenerativeModule's, but for the last projection of each network, which stays float32."""
-        for part in self.compiled_modules():
-            cast_linear_(part.init_proj, torch.bfloat16)
-            cast_linear_(part.trunk, torch.bfloat16)
-            if compile:
-                part.compile(mode="reduce-overhead", dynamic=False)
+        self.net.prepare_sampling(compile=compile)
 
     def sample_tokens(self, labels: Tensor, sampling: JetSampling, generator: Generators = None) -> Tensor:
         """Tokens (B, L, D), as many as labels (B,), whatever they are."""
@@ -132,5 +114,5 @@ class JetModule(GenerativeModule):
         return stacked(super().official_state_dict(state))
 
     def official_rules(self) -> list[Rule]:
-        """Names of couplings apart; a trained tokenizer's are ours, since no official file has one."""
-        return [Rule("tokenizer.*", "tokenizer.*"), *jet_rules("net", num_heads=self.net.config.num_heads)]
+        """Names of couplings apart."""
+        return [TRAINED_TOKENIZER, *jet_rules("net", num_heads=self.net.config.num_heads)]

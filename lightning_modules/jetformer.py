@@ -15,12 +15,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from layers.checkpoint import Rule
+from layers.checks import check_share
 from layers.flows import jet
 from layers.flows.factored import OFFICIAL, FactorConfig, FactoredFlow, factored_rules
-from layers.flows.jet import JetConfig, permutation_names
+from layers.flows.jet import JetConfig
 from layers.flows.linear import PCA
 from layers.guidance import for_branches
 from layers.heads.gmm import GMMHead
@@ -28,11 +28,10 @@ from layers.heads.mixtures import check_temperatures
 from layers.networks import jetformer
 from layers.networks.jetformer import DecoderConfig, JetFormerDecoder, decoder_rules
 from layers.precision import cast_linear_
-from layers.random import Generators, randn
+from layers.random import Generators, randn, token_noise
 from layers.samplers.autoregressive import autoregress
 from layers.text.base import TextTokenizer
 from layers.text.batches import TextBatch, label_batch
-from layers.text_image import Vocab
 from layers.tokenizers.base import Tokenizer, Tokens
 from layers.tokenizers.dequantised import DequantisedTokenizer
 from lightning_modules.base import Batch, GenerativeModule, planned_steps
@@ -41,6 +40,7 @@ from lightning_modules.flow_start import fit_components, load_flow
 from lightning_modules.image_text import ImageText
 from lightning_modules.likelihood import likelihood_terms
 from lightning_modules.optim import OptimConfig
+from lightning_modules.pretrained import TRAINED_TOKENIZER
 from lightning_modules.protocol import Protocol
 from lightning_modules.text import WithText, as_text_tokenizer, text_config
 
@@ -71,9 +71,7 @@ class JetFormerObjective:
     gradient_through_image_prefix: bool = False  # of texts, to the flow
 
     def __post_init__(self) -> None:
-        for name in ("text_first_prob", "prefix_drop_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"objective.{name} is {getattr(self, name)}: it must be in 0..1")
+        check_share("objective", self, "text_first_prob", "prefix_drop_prob")
         if self.token_noise < 0 or not 0 <= self.rgb_noise_min <= self.rgb_noise_max:
             raise ValueError(
                 f"objective.token_noise is {self.token_noise}, rgb_noise_max {self.rgb_noise_max} and rgb_noise_min "
@@ -159,12 +157,8 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
         flow, factor = as_config(JetConfig, flow), as_config(FactorConfig, factor)
         self._check()
         self.front = FactoredFlow(factor, flow, grid=self.tokenizer.grid, token_dim=self.tokenizer.token_dim)
-        ids = self.special_ids
-        vocab = Vocab(ids.size, bos=ids.bos, boi=ids.boi, nolabel=ids.nolabel)
-        self.net = JetFormerDecoder(config, token_dim=self.front.dim, vocab=vocab)
+        self.net = JetFormerDecoder(config, token_dim=self.front.dim, vocab=self.special_ids)
         self.head = GMMHead(self.front.dim, config.width, **asdict(gmm))
-        # permutations are the same everywhere, by their seed or their file: DDP would send them at every step
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, permutation_names(self))
         self.save_arguments(
             tokenizer=self.tokenizer,
             num_classes=num_classes,
@@ -190,16 +184,11 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
                 f"JetFormer's likelihood is one of pixels, and {type(self.tokenizer).__name__} has no density: use "
                 f"layers.tokenizers.dequantised.DequantisedTokenizer"
             )
-        if self.sampling.prompts and self.text is None:
-            raise ValueError(
-                f"sampling.prompts is {self.sampling.prompts}, but this model learns class labels: give LABELS=, not "
-                f"TEXT=, or set --model.init_args.text to learn captions"
-            )
+        self.check_prompts(self.sampling.prompts)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._check_guidance(self.sampling)  # before the first step, not at the first grid of samples
-        if stage == "fit" and not self.init_from and self.trainer.ckpt_path is None:
+        if not self.init_from and self.is_first_start(stage):
             if self.flow_from:
                 load_flow(self.front.jet, self.flow_from)
             if isinstance(self.front.linear, PCA):
@@ -261,7 +250,8 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
         figures = likelihood_terms(nats, tokens, batch)
         if self.objective.learns_text:
             figures["text_nats"] = text.mean()
-        return {"loss": loss, **figures, **self._statistics(h.image)}
+        usage = self.head.usage(h.image.detach()) if self.writes_figures() else {}
+        return {"loss": loss, **figures, **usage}
 
     def tokens_of(self, levels: Tensor, draws: Draws) -> Tokens:
         """Levels (B, C, H, W) -> tokens, in training of noisy levels: whole numbers, not clipped."""
@@ -298,41 +288,23 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
         shown = torch.ones_like(text) if dropped is None else (~dropped).float()
         return bits.mean() + weight * (text * shown).sum() / shown.sum().clamp_min(1)
 
-    def _statistics(self, h: Tensor) -> dict[str, Tensor]:
-        """How the components are used, where it is written: in validation and at logged steps."""
-        if self.training and (self._trainer is None or not self._logs_this_step()):
-            return {}
-        return self.head.usage(h.detach())
-
-    def blank_batch(self, size: int, device: torch.device | str) -> Batch:
-        """Black images with empty texts: what costs are counted on (experiments/costs.py)."""
-        side = self.tokenizer.image_size
-        image = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
+    def blank_batch(self, size: int, device: torch.device | str, *, cached: bool = False) -> Batch:
+        """As GenerativeModule's, with empty texts; pixels cannot be cached."""
         text = torch.zeros(size, 1 if self.text is None else self.text_len, dtype=torch.int64, device=device)
         there = torch.ones_like(text, dtype=torch.bool)
-        return {"image": image, "label": text[:, 0], "text": text, "text_mask": there, "text_loss": there}
+        return super().blank_batch(size, device) | {"text": text, "text_mask": there, "text_loss": there}
 
     # Sampling
 
     def prepare_sampling(self, *, compile: bool = False) -> None:
         """As GenerativeModule's, but for the head and the flow's scales, which stay float32. `compile`: the flow."""
         cast_linear_(self.net, torch.bfloat16)
-        for coupling in self.front.jet.couplings:
-            cast_linear_(coupling.net.init_proj, torch.bfloat16)
-            cast_linear_(coupling.net.trunk, torch.bfloat16)
-            if compile:
-                coupling.net.compile(mode="reduce-overhead", dynamic=False)
-
-    def checked_labels(self, labels: Tensor | Sequence[int]) -> Tensor:
-        """As GenerativeModule's; of a model of captions they are numbers of prompts, and any will do."""
-        return super().checked_labels(labels) if self.text is None else torch.as_tensor(labels, dtype=torch.int64)
+        self.front.jet.prepare_sampling(compile=compile)
 
     def sample_tokens(self, labels: Tensor, sampling: JetFormerSampling, generator: Generators = None) -> Tensor:
         """Tokens (B, L, D) for labels (B,), or for the prompts that they stand for; none: the empty text."""
-        if self.text is None:
-            return self.tokens_for(label_batch(labels), sampling, generator)
-        prompts = self.encode_text(sampling.prompts or [""])
-        return self.tokens_for({name: t[labels % len(t)] for name, t in prompts.items()}, sampling, generator)
+        texts = label_batch(labels) if self.text is None else self.prompts_of(labels, sampling.prompts)
+        return self.tokens_for(texts, sampling, generator)
 
     def tokens_for(self, texts: TextBatch, sampling: JetFormerSampling, generator: Generators = None) -> Tensor:
         """Tokens (B, L, D) of images that follow the texts: soft ones in turn, the rest at once, the flow back."""
@@ -342,7 +314,7 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
 
     def soft_tokens(self, texts: TextBatch, sampling: JetFormerSampling, generator: Generators = None) -> Tensor:
         """Soft tokens (B, N, D), one after another, with a KV cache; guidance doubles the batch, not the calls."""
-        self._check_guidance(sampling)
+        self.check_sampling(sampling)
         size, guided = len(texts["text"]), sampling.cfg_scale != 1
         nothing = torch.arange(size * (1 + guided), device=self.device) >= size  # which branch is without text
         text, mask = (None if t is None else for_branches(t, nothing) for t in (texts["text"], self.mask_of(texts)))
@@ -356,13 +328,14 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
             return self.net.step_image(for_branches(token, nothing), cache)
 
         def draw(h: Tensor, j: int) -> Tensor:
-            noise = randn((size, count, dim), generator, device=self.device).transpose(0, 1)
+            noise = token_noise(size, count, 1, dim, generator=generator, device=self.device)
             cond, uncond = h.split(size) if guided else (h, None)
             return self.head.sample(cond, noise, uncond=uncond, inv_temperature=sampling.inv_temperature, **settings)
 
         return autoregress(h, step, draw, self.tokenizer.seq_len)
 
-    def _check_guidance(self, sampling: JetFormerSampling) -> None:
+    def check_sampling(self, sampling: JetFormerSampling) -> None:
+        """Raise ValueError for guidance where there is nothing to guide away from."""
         if sampling.cfg_scale != 1 and not self.objective.prefix_drop_prob:
             raise ValueError(
                 f"sampling.cfg_scale is {sampling.cfg_scale}, but guidance needs a model that knows texts and their "
@@ -392,7 +365,7 @@ class JetFormerModule(WithText, ImageText, GenerativeModule):
     def official_rules(self) -> list[Rule]:
         """Names of blocks and couplings apart."""
         flow = factored_rules("front", num_heads=self.front.jet.config.num_heads)
-        return [Rule("tokenizer.*", "tokenizer.*"), *decoder_rules(self.net.config), *flow]
+        return [TRAINED_TOKENIZER, *decoder_rules(self.net.config), *flow]
 
 
 def rgb_noise(step: int, total: float, *, largest: float, smallest: float) -> float:

@@ -15,9 +15,11 @@ from torch import Generator, Tensor, nn
 
 from layers.blocks import AdaLNBlock
 from layers.checkpoint import Rule
+from layers.checks import check_share
 from layers.diffusion.flow_matching import Space, convert, interpolate, logit_normal, target
 from layers.embed import LabelEmbedder, TimestepEmbedder, sincos_2d
 from layers.guidance import cfg, interval_scale
+from layers.init import xavier_linears_
 from layers.mlp import swiglu_hidden
 from layers.norm import RMSNorm, modulate
 from layers.random import Generators, randn
@@ -67,8 +69,7 @@ class JiTObjective:
     def __post_init__(self) -> None:
         if self.t_eps <= 0:
             raise ValueError(f"objective.t_eps is {self.t_eps}: it must be positive, or a division by zero follows")
-        if not 0 <= self.label_drop_prob <= 1:
-            raise ValueError(f"objective.label_drop_prob is {self.label_drop_prob}: a probability is in 0..1")
+        check_share("objective", self, "label_drop_prob")
 
 
 @dataclass
@@ -147,11 +148,7 @@ class JiT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Official `initialize_weights`: the fresh network returns exactly 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        xavier_linears_(self)
         normal = [self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]
         for weight in normal + ([self.in_context_posemb] if self.config.in_context_len else []):
             nn.init.normal_(weight, std=0.02)
@@ -207,16 +204,8 @@ class JiTModule(GenerativeModule):
         compile: bool = False,
     ) -> None:
         sampling = as_config(JiTSampling, sampling)
-        super().__init__(
-            tokenizer,
-            num_classes,
-            optim,
-            sampling,
-            init_from=init_from,
-            init_key=init_key,
-            init_classes=init_classes,
-            compile=compile,
-        )
+        loading = {"init_from": init_from, "init_key": init_key, "init_classes": init_classes}
+        super().__init__(tokenizer, num_classes, optim, sampling, **loading, compile=compile)
         self.objective = as_config(JiTObjective, objective)
         config = as_config(JiTConfig, net)
         self.net = JiT(config, grid=self.tokenizer.grid, token_dim=self.tokenizer.token_dim, num_classes=num_classes)
@@ -227,15 +216,13 @@ class JiTModule(GenerativeModule):
             objective=self.objective,
             sampling=sampling,
             optim=self.optim,
-            init_from=init_from,
-            init_key=init_key,
-            init_classes=init_classes,
+            **loading,
             compile=compile,
         )
 
     def training_loss(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         """Mean squared error over images. Official `Denoiser.forward`."""
-        objective, x = self.objective, self.tokenizer(batch, generator).x
+        objective, x = self.objective, self.tokens(batch, generator).x
         size = x.shape[0]
         dropped = self.global_rows(torch.rand, size, generator=generator) < objective.label_drop_prob
         normal = self.global_rows(torch.randn, size, generator=generator)

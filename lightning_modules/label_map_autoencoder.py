@@ -13,8 +13,8 @@ from torch import Generator, Tensor, nn
 from layers.checkpoint import Rule
 from layers.networks.label_map_vae import flax_rules, unrolled
 from layers.random import Generators
-from layers.tokenizers.base import Tokenizer
-from layers.tokenizers.label_map import KEYS, Maps
+from layers.tokenizers.base import KEYS, Tokenizer
+from layers.tokenizers.label_map import Maps
 from lightning_modules.base import Batch
 from lightning_modules.config import as_config
 from lightning_modules.label_maps import LabelMapModule

@@ -22,6 +22,7 @@ from lightning_modules.label_map_scores import (
     resized,
 )
 from lightning_modules.optim import OptimConfig
+from lightning_modules.pictures import rows_to_show, spread_rows
 
 PICTURE_SEED = 0
 
@@ -123,17 +124,14 @@ class LabelMapModule(GenerativeModule):
     def originals(self, datamodule: Any, count: int) -> Tensor:
         """`count` images with their maps, or all if there are fewer, spread over the validation set (else the training
         set): the channels of the image, then the ids of each map, int16 (N, 3 + K, H, W). See `picture`."""
-        rows = datamodule.train_set if datamodule.val_set is None else datamodule.val_set
-        count = min(count, len(rows))
-        return torch.cat([self.packed(rows[i * len(rows) // count]) for i in range(count)]).to(self.device)
+        return torch.cat([self.packed(row) for row in spread_rows(rows_to_show(datamodule), count)]).to(self.device)
 
-    def blank_batch(self, size: int, device: torch.device | str) -> Batch:
-        """Black images with maps of zeros: what costs are counted on (experiments/costs.py)."""
-        side = self.tokenizer.image_size
-        batch: Batch = {"image": torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)}
-        batch["label"] = torch.zeros(size, dtype=torch.int64, device=device)
+    def blank_batch(self, size: int, device: torch.device | str, *, cached: bool = False) -> Batch:
+        """As GenerativeModule's, with maps of zeros."""
+        shape = (size, self.tokenizer.image_size, self.tokenizer.image_size)
         kind = torch.int16 if self.tokenizer.panoptic else torch.float32
-        return batch | {n: torch.zeros(size, side, side, dtype=kind, device=device) for n in self.tokenizer.classes}
+        maps = {name: torch.zeros(shape, dtype=kind, device=device) for name in self.tokenizer.classes}
+        return super().blank_batch(size, device) | maps
 
     def packed(self, batch: Batch) -> Tensor:
         """A batch as one tensor (B, 3 + K, H, W), int16."""

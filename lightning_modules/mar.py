@@ -9,13 +9,14 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule
-from layers.checks import check_positive
+from layers.checks import check_positive, check_share
 from layers.cuda_graphs import Graphed
 from layers.gather import put, take
 from layers.guidance import for_branches
@@ -25,13 +26,14 @@ from layers.networks.mar import MAR, MARConfig
 from layers.orders import scan_order
 from layers.patch import channel_major_to_ours, ours_to_channel_major
 from layers.precision import compute_dtype
-from layers.random import Generators, mix_seed, randn
+from layers.random import Generators, mix_seed, randn, token_noise
 from layers.samplers.masked import annealed_steps, linear_cfg_scale, mask_lengths, mask_rate, reveal
 from layers.tokenizers.base import Tokenizer
 from lightning_modules.base import Batch, GenerativeModule
 from lightning_modules.config import as_config
 from lightning_modules.editing import Editable, partition
 from lightning_modules.optim import OptimConfig
+from lightning_modules.pretrained import TRAINED_TOKENIZER
 from lightning_modules.protocol import Protocol
 
 
@@ -44,9 +46,7 @@ class MARObjective:
     label_drop_prob: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("mask_ratio_min", "label_drop_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"objective.{name} is {getattr(self, name)}: it must be in 0..1")
+        check_share("objective", self, "mask_ratio_min", "label_drop_prob")
         if self.mask_multiple < 1:
             raise ValueError(f"objective.mask_multiple is {self.mask_multiple}: use 1 or more")
 
@@ -102,16 +102,8 @@ class MARModule(Editable, GenerativeModule):
         compile: bool = False,
     ) -> None:
         sampling = as_config(MARSampling, sampling)
-        super().__init__(
-            tokenizer,
-            num_classes,
-            optim,
-            sampling,
-            init_from=init_from,
-            init_key=init_key,
-            init_classes=init_classes,
-            compile=compile,
-        )
+        loading = {"init_from": init_from, "init_key": init_key, "init_classes": init_classes}
+        super().__init__(tokenizer, num_classes, optim, sampling, **loading, compile=compile)
         self.objective = as_config(MARObjective, objective)
         config, self.head_config = as_config(MARConfig, net), as_config(HeadConfig, head)
         sizes = {"token_dim": self.tokenizer.token_dim, "vocab_size": self.tokenizer.vocab_size}
@@ -129,19 +121,16 @@ class MARModule(Editable, GenerativeModule):
             objective=self.objective,
             sampling=sampling,
             optim=self.optim,
-            init_from=init_from,
-            init_key=init_key,
-            init_classes=init_classes,
+            **loading,
             compile=compile,
         )
 
-    def setup(self, stage: str) -> None:
-        """Sampler settings that cannot work are an error before the first step, not at the first grid of samples."""
-        super().setup(stage)
+    def check_sampling(self, sampling: MARSampling) -> None:
+        """Raise ValueError for more iterations than tokens, and for steps or a solver that the head does not have."""
         if not self.causal:
-            mask_lengths(self.net.seq_len, self.sampling.num_iter)
-        for steps in (self.sampling.num_steps, self.sampling.num_steps_last or self.sampling.num_steps):
-            self.head.noise_shape(steps, self.sampling.solver or self.head.SOLVERS[0])
+            mask_lengths(self.net.seq_len, sampling.num_iter)
+        for steps in (sampling.num_steps, sampling.num_steps_last or sampling.num_steps):
+            self.head.noise_shape(steps, sampling.solver or self.head.SOLVERS[0])
 
     def no_weight_decay(self, name: str, param: nn.Parameter) -> bool:
         """The head has no decay; tables and class vectors have. Official `misc.py`."""
@@ -238,12 +227,7 @@ class MARModule(Editable, GenerativeModule):
 
     def noise_source(self, batch: int, generator: Generators) -> Noise:
         """(draws, tokens per image, D) -> noise (draws, B tokens, D): each image's comes from its own generator."""
-
-        def draw(draws: int, tokens: int, dim: int) -> Tensor:
-            noise = randn((batch, draws, tokens, dim), generator, device=self.device)
-            return noise.transpose(0, 1).flatten(1, 2)
-
-        return draw
+        return partial(token_noise, batch, generator=generator, device=self.device)
 
     def generate(self, labels: Tensor, orders: Tensor, noise: Noise, sampling: MARSampling) -> Tensor:
         """The sampler for given orders (B, L) and noise."""
@@ -349,8 +333,7 @@ class MARModule(Editable, GenerativeModule):
     def official_rules(self) -> list[Rule]:
         """Names are the official ones; a token's channels, there channel-major, are permuted to our order."""
         names = [Rule(name, f"net.y_embedder.{name}") for name in ("class_emb.weight", "fake_latent")]
-        trained = Rule("tokenizer.*", "tokenizer.*")  # one that is not frozen; no official file has it
-        return [*names, trained, *self._patch_rules(), Rule("diffloss.*", "head.*"), Rule("*", "net.*")]
+        return [*names, TRAINED_TOKENIZER, *self._patch_rules(), Rule("diffloss.*", "head.*"), Rule("*", "net.*")]
 
     def _patch_rules(self) -> list[Rule]:
         """Rules of the tensors that have an axis of token channels, where a token is a patch of several pixels."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from layers.processes import several_processes
 from lightning_modules.extractors import Extractor
 from lightning_modules.reference import Reference
 from lightning_modules.scores import (
@@ -127,13 +128,9 @@ def figures(seen: GatheredFeatures, extractor: Extractor, reference: Reference |
     return values
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _sum_over_ranks(value: Tensor) -> Tensor:
     value = value.clone()
-    if _distributed():
+    if several_processes():
         torch.distributed.all_reduce(value)
     return value
 
@@ -141,7 +138,7 @@ def _sum_over_ranks(value: Tensor) -> Tensor:
 def _rows_over_ranks(index: list[Tensor], rows: list[Tensor]) -> Tensor:
     """Rows of all processes on the host, in order of their index, each index once; a process may have none."""
     parts = [([part.cpu() for part in index], [part.cpu() for part in rows])]
-    if _distributed():
+    if several_processes():
         parts = [parts[0]] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, parts[0])
     order, values = (torch.cat([part for rank in parts for part in rank[i]]) for i in (0, 1))

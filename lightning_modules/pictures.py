@@ -1,6 +1,8 @@
-"""Pictures for people: grids of uint8 images, as arrays and PNG files."""
+"""Pictures for people: grids of uint8 images, as arrays and PNG files, and which rows of a set are shown."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -33,3 +35,15 @@ def save_png(image: Tensor, path: str | Path) -> None:
 def labels_in_turn(labels: list[int], count: int) -> Tensor:
     """`count` labels, going round `labels`: int64 (count,)."""
     return torch.tensor(labels, dtype=torch.int64).repeat(-(-count // len(labels)))[:count]
+
+
+def rows_to_show(datamodule: Any) -> Any:
+    """The validation rows of a data module, the training rows where it has none."""
+    return datamodule.train_set if datamodule.val_set is None else datamodule.val_set
+
+
+def spread_rows(rows: Any, count: int) -> Iterator[dict[str, Any]]:
+    """`count` rows of a dataset at even distances, all if it has fewer, each a batch of one."""
+    size = len(rows)
+    for i in range(min(count, size)):
+        yield rows[i * size // min(count, size)]

@@ -15,6 +15,9 @@ from lightning_modules.flax_files import read_npz
 from lightning_modules.tokenizer_weights import load_tokenizer_weights, with_frozen, without_frozen
 from lightning_modules.weights import SMALL, read_checkpoint, read_official, read_own
 
+# of one that is trained along; no official file of a method has it
+TRAINED_TOKENIZER = Rule("tokenizer.*", "tokenizer.*")
+
 
 class Pretrained(nn.Module):
     """Loading and exporting. A method states `official_rules` and `OFFICIAL_KEYS`; `init_classes` is the module's."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from layers.checkpoint import Rule
-from layers.checks import check_positive
+from layers.checks import check_positive, check_share
 from layers.guidance import cfg, for_branches, power_cosine_scale
 from layers.networks.rar import RAR, RARConfig
 from layers.orders import Scan, annealed_orders, random_ratio, scan_order
@@ -26,6 +26,7 @@ from layers.tokenizers.base import Tokenizer
 from lightning_modules.base import Batch, GenerativeModule
 from lightning_modules.config import as_config
 from lightning_modules.optim import OptimConfig
+from lightning_modules.pretrained import TRAINED_TOKENIZER
 from lightning_modules.protocol import Protocol
 
 # parameters without weight decay: those of whose official name this is a part. So the adaLN of the last norm, in whose
@@ -51,8 +52,7 @@ class RARObjective:
                 f"objective.anneal_start is {self.anneal_start} and anneal_end {self.anneal_end}: they are optimiser "
                 f"steps, the first at least 0 and not after the second (both 0: no random order)"
             )
-        if not 0 <= self.label_drop_prob <= 1:
-            raise ValueError(f"objective.label_drop_prob is {self.label_drop_prob}: it must be in 0..1")
+        check_share("objective", self, "label_drop_prob")
 
 
 @dataclass
@@ -119,11 +119,6 @@ class RARModule(GenerativeModule):
             **loading,
             compile=compile,
         )
-
-    def setup(self, stage: str) -> None:
-        """Sampler settings that cannot work are an error before the first step, not at the first grid of samples."""
-        super().setup(stage)
-        self.check_sampling(self.sampling)
 
     def check_sampling(self, sampling: RARSampling) -> None:
         """Raise ValueError for guidance where there is nothing to guide away from."""
@@ -235,5 +230,4 @@ class RARModule(GenerativeModule):
 
     def official_rules(self) -> list[Rule]:
         """Names and layouts are the official ones."""
-        trained = Rule("tokenizer.*", "tokenizer.*")  # one that is not frozen; no official file has it
-        return [trained, Rule("*", "net.*")]
+        return [TRAINED_TOKENIZER, Rule("*", "net.*")]

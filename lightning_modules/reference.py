@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.extractors import Extractor, file_sha256
+from lightning_modules.extractors import Extractor
 from lightning_modules.npz_files import read_arrays
+from lightning_modules.weights import file_sha256
 
 
 @dataclass

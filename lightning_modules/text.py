@@ -6,20 +6,20 @@ text, text_mask and text_loss (layers/text/batches.py) on the host, before they 
 of it. Without a tokenizer the class label is a text of one token.
 """
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from layers.text.base import TextTokenizer
 from layers.text.batches import SpecialIds, TextBatch, decode_batch, encode_batch, label_batch, special_ids
 from layers.text.bpe import BPETokenizer
-from lightning_modules.config import class_of
+from lightning_modules.config import class_of, made_in, tokenizer_config
 from lightning_modules.pretrained import is_npz
 from lightning_modules.weights import read_own, read_torch
 
@@ -62,6 +62,26 @@ class WithText(L.LightningModule):
     def encode_text(self, captions: Sequence[str]) -> TextBatch:
         """Prompts as the model reads them, on its device. Raises ValueError for a model of class labels."""
         return self._encoded(captions, self.device)
+
+    def prompts_of(self, labels: Tensor, prompts: Sequence[str]) -> TextBatch:
+        """The texts that labels (B,) stand for, their numbers among the prompts, round and round; none: the empty text.
+
+        Raises ValueError for a model of class labels.
+        """
+        encoded = self.encode_text(prompts or [""])
+        return {name: tensor[labels % len(tensor)] for name, tensor in encoded.items()}
+
+    def checked_labels(self, labels: Tensor | Sequence[int]) -> Tensor:
+        """As GenerativeModule's; of a model of captions they are numbers of prompts, and any will do."""
+        return super().checked_labels(labels) if self.text is None else torch.as_tensor(labels, dtype=torch.int64)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError for prompts of a model that learns class labels."""
+        if prompts and self.text is None:
+            raise ValueError(
+                f"sampling.prompts is {prompts}, but this model learns class labels: give LABELS=, not TEXT=, or set "
+                f"--model.init_args.text to learn captions"
+            )
 
     def decode_text(self, text: Tensor) -> list[str]:
         """Ids (B, T) -> B texts, each up to its end. Raises ValueError for a model of class labels."""
@@ -111,10 +131,7 @@ class WithText(L.LightningModule):
 
 def text_config(tokenizer: TextTokenizer | None) -> dict[str, Any] | None:
     """{"class_path", "init_args"} of a text tokenizer, as in a recipe."""
-    if tokenizer is None:
-        return None
-    cls = type(tokenizer)
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": tokenizer.init_args()}
+    return None if tokenizer is None else tokenizer_config(tokenizer)
 
 
 def as_text_tokenizer(value: TextTokenizer | Mapping[str, Any] | None) -> TextTokenizer | None:
@@ -124,18 +141,7 @@ def as_text_tokenizer(value: TextTokenizer | Mapping[str, Any] | None) -> TextTo
     """
     if value is None or isinstance(value, TextTokenizer):
         return value
-    class_path, arguments = class_of(value, "text")
-    module, _, name = class_path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name) if module.startswith("layers.text.") else None
-    except (ImportError, AttributeError):
-        cls = None
-    if not (isinstance(cls, type) and issubclass(cls, TextTokenizer)):
-        raise ValueError(f"'{class_path}' is no text tokenizer class in layers.text: not loaded")
-    try:
-        return cls(**arguments)
-    except TypeError as error:
-        raise ValueError(f"text tokenizer {name}: {error}") from error
+    return made_in("layers.text", TextTokenizer, *class_of(value, "text"), kind="text tokenizer")
 
 
 def check_text(

@@ -3,7 +3,6 @@
 A frozen tokenizer is stored as its constructor arguments, its file's path among them; the checkpoint holds no copy.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from layers.tokenizers.base import Tokenizer
+from layers.tokenizers.base import KEYS, Tokenizer
 from layers.tokenizers.consistency import ConsistencyTokenizer
 from layers.tokenizers.learned import LearnedTokenizer
 from lightning_modules.flax_files import is_msgpack, read_msgpack, read_npz
-from lightning_modules.weights import existing, read_official, read_own
+from lightning_modules.weights import existing, file_sha256, read_official, read_own
 
 PREFIX = "tokenizer."  # of a tokenizer's names inside a module
 OWN = f"{PREFIX}vae."  # autoencoder trained by this project
@@ -33,7 +32,7 @@ def load_tokenizer_weights(tokenizer: Tokenizer) -> None:
         if not Path(tokenizer.weights).is_file():
             raise FileNotFoundError(
                 f"no tokenizer at '{tokenizer.weights}': put the file there that the recipe's header names, or give "
-                f"another by --model.init_args.tokenizer.init_args.weights"
+                f"another by {KEYS}.weights"
             )
         state, left_out = read_autoencoder(tokenizer.weights)
         tokenizer.load_weights(state, origin=tokenizer.weights)
@@ -69,12 +68,11 @@ def read_script(path: str | Path, sha256: str) -> nn.Module:
     loaded. Raises FileNotFoundError, or ValueError for a file with another checksum.
     """
     path = existing(path)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if found != sha256.lower():
         raise ValueError(
             f"{path} has the SHA-256 {found}, not {sha256}: it is code of unknown origin and was not loaded (if you "
-            f"trust it, set --model.init_args.tokenizer.init_args.decoder_sha256)"
+            f"trust it, set {KEYS}.decoder_sha256)"
         )
     return torch.jit.load(path, map_location="cpu")
 

@@ -22,15 +22,16 @@ from layers.networks.givt import GIVTConfig
 from layers.networks.uvim import UViM, classifier_to_encoder, decoder_rules, encoder_rules, unrolled
 from layers.networks.vit import ViTConfig
 from layers.precision import compute_dtype
-from layers.random import Generators, randn
+from layers.random import Generators, token_noise
 from layers.samplers.autoregressive import Beams, beam_search
-from layers.tokenizers.base import Tokenizer, from_uint8
-from layers.tokenizers.label_map import KEYS, Maps
+from layers.tokenizers.base import KEYS, Tokenizer, from_uint8
+from layers.tokenizers.label_map import Maps
 from lightning_modules.base import Batch, eval_mode
 from lightning_modules.config import as_config
 from lightning_modules.flax_files import read_npz
 from lightning_modules.label_maps import LabelMapModule
 from lightning_modules.optim import OptimConfig
+from lightning_modules.pretrained import TRAINED_TOKENIZER
 
 
 @dataclass
@@ -95,7 +96,7 @@ class UViMModule(LabelMapModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit" and self.encoder_from and not self.init_from and self.trainer.ckpt_path is None:
+        if self.encoder_from and not self.init_from and self.is_first_start(stage):
             self.load_encoder(self.encoder_from)
 
     # Optimiser
@@ -150,11 +151,11 @@ class UViMModule(LabelMapModule):
         """Sequences of tokens for uint8 images (B, 3, H, W), the likeliest that was found first."""
         copies, settings = search.num_beams, {"temperature": search.temperature}
         cache = self.net.decoder.init_cache(len(images) * copies, dtype=compute_dtype(self.device), device=self.device)
-        _, numbers = self.head.noise_shape(1, "closed_form")
+        draws, dim = self.head.noise_shape(1, "closed_form")
 
         def propose(h: Tensor, place: int, fans: int) -> tuple[Tensor, Tensor]:
-            noise = randn((len(images), copies * fans, numbers), generator, device=self.device).flatten(0, 1)
-            drawn = self.head.sample_with_log_prob(h.repeat_interleave(fans, dim=0), noise[None], **settings)
+            noise = token_noise(len(images), draws, copies * fans, dim, generator=generator, device=self.device)
+            drawn = self.head.sample_with_log_prob(h.repeat_interleave(fans, dim=0), noise, **settings)
             tokens, log_probs = (part.unflatten(0, (-1, fans)) for part in drawn)
             return tokens, log_probs
 
@@ -178,7 +179,7 @@ class UViMModule(LabelMapModule):
             "head.": linear_rules("decoder/LogitsDense", "linear"),
         }
         rules = [rule._replace(ours=f"{prefix}{rule.ours}") for prefix, rules in parts.items() for rule in rules]
-        return [*rules, Rule("tokenizer.*", "tokenizer.*")]  # one that is not frozen; no official file has it
+        return [*rules, TRAINED_TOKENIZER]
 
     def unrolled(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return unrolled(state)

@@ -148,8 +148,7 @@ def check_named(path: str | Path) -> None:
     path = existing(path)
     if not (named := NAMED.fullmatch(path.name)):
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if not found.startswith(named[1]):
         raise ValueError(
             f"{path} has the sha256 {found[:8]}..., but is named after {named[1]}: it is damaged or another file, so "
@@ -254,6 +253,12 @@ def checkpoint_weights(checkpoint: Mapping[str, Any], weights: str) -> dict[str,
         raise ValueError(f"no weights '{weights}' in the checkpoint; it has raw{''.join(f', {d}' for d in decays)}")
     state.update(ema["shadows"][max(0, decays.index(weights) - 1)])
     return state
+
+
+def file_sha256(path: str | Path) -> str:
+    """Checksum of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:

@@ -86,7 +86,7 @@ def test_activations_are_those_that_a_real_step_saves():
     for size in (3, 5):
         storages = costs.Storages([*module.parameters(), *module.buffers()])
         with torch.autograd.graph.saved_tensors_hooks(storages.add, lambda t: t):
-            module.training_loss(costs.fake_batch(module, size, "cpu"))
+            module.training_loss(module.blank_batch(size, "cpu"))
         saved.append(storages.nbytes())
     found = costs.count_activations(config)
     assert found.eager == pytest.approx((saved[1] - saved[0]) / 2, rel=1e-3)
@@ -136,7 +136,7 @@ def test_checkpoint_size_is_that_of_a_checkpoint():
     module = instantiate(load_config("jit_digits")["model"], "model")
     groups = param_groups(module.named_parameters(), 0.0, no_weight_decay=module.no_weight_decay)
     optimizer, ema = adamw(groups, module.optim, 1e-3), EMA([0.995])
-    module.training_loss(costs.fake_batch(module, 2, "cpu"))["loss"].backward()
+    module.training_loss(module.blank_batch(2, "cpu"))["loss"].backward()
     optimizer.step()
     ema.start(module)
     file = io.BytesIO()

@@ -6,7 +6,7 @@ diffusion with SNR S_t, the sum of theirs. There is no official code: formulas f
 ours are called so. Shapes: x_0 (B, K, D); eps, x_t, v (B, T, K, D), noise first: index 0 is t = T.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 Schedule = Literal["direct", "matched"]
 Weight = Literal["v", "snr_cum", "elbo", "x0"]
-SCHEDULES = ("direct", "matched")
-WEIGHTS = ("v", "snr_cum", "elbo", "x0")
+SCHEDULES, WEIGHTS = get_args(Schedule), get_args(Weight)
 
 
 class NomadTables(NamedTuple):

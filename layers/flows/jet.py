@@ -22,7 +22,7 @@ from layers.flax_layout import State, linear_rules, stack, unstack
 from layers.flows.reversible import chain, reversible_chain
 from layers.init import lecun_normal_
 from layers.networks.vit import ViTConfig, ViTTrunk, trunk_rules
-from layers.precision import without_autocast
+from layers.precision import cast_linear_, without_autocast
 from layers.random import mix_seed
 
 KINDS = ("channels", "spatial")
@@ -183,6 +183,17 @@ class Jet(nn.Module):
         y = y.to(torch.promote_types(y.dtype, torch.float32))
         return chain([coupling.inverse for coupling in reversed(self.couplings)], y)
 
+    def prepare_sampling(self, *, compile: bool) -> None:
+        """Cast weights to bfloat16 for good, but those of the last projection of each network, which stays float32.
+
+        `compile` makes CUDA graphs of the networks.
+        """
+        for coupling in self.couplings:
+            cast_linear_(coupling.net.init_proj, torch.bfloat16)
+            cast_linear_(coupling.net.trunk, torch.bfloat16)
+            if compile:
+                coupling.net.compile(mode="reduce-overhead", dynamic=False)
+
 
 def normal_nats(z: Tensor) -> Tensor:
     """-log p of latents under a standard normal prior, per image: (B, ...) -> (B,)."""
@@ -212,11 +223,6 @@ def token_order(name: str, grid: tuple[int, int]) -> list[int]:
         raise ValueError(f"{h}x{w} tokens cannot be halved by {name}: use even numbers, or net.kinds=[channels]")
     first, second = reversed(halves) if name.endswith("-inv") else halves
     return [*first, *second]
-
-
-def permutation_names(module: nn.Module) -> list[str]:
-    """Names of the permutations in a module that holds a Jet: buffers that no process needs to hear of."""
-    return [name for name, _ in module.named_buffers() if name.rpartition(".")[2] in MASKS]
 
 
 # Official names and layouts

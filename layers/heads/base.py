@@ -24,8 +24,8 @@ class Head(nn.Module):
         return self.loss(x, z, time, noise)
 
     def draw_times(self, u: Tensor) -> Tensor:
-        """Uniform draws in [0, 1) -> this head's training times, of the same shape."""
-        raise NotImplementedError
+        """Uniform draws in [0, 1) -> this head's training times, of the same shape: the draws as they are."""
+        return u
 
     def loss(self, x: Tensor, z: Tensor, time: Tensor, noise: Tensor) -> Terms:
         """Terms per row, (M, R) each: "loss", which is trained, and what it is made of.
@@ -72,10 +72,6 @@ class OneShotHead(Head):
     """A head without steps: `num_steps` is 1 and `solver` is "direct"; times do not matter."""
 
     SOLVERS = ("direct",)
-
-    def draw_times(self, u: Tensor) -> Tensor:
-        """The draws as they are."""
-        return u
 
     def check_one_step(self, num_steps: int, solver: str) -> None:
         """Raise ValueError unless the settings are those of one step."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.embed import TimestepEmbedder
+from layers.init import xavier_linears_
 
 # elements of modulations held at once: 128 MiB in float32, on the host what a cache holds
 MAX_MODULATIONS = 2**25
@@ -70,10 +71,7 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Official `initialize_weights`."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier_linears_(self)
         for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (*(b.adaLN_modulation[1] for b in self.layers()), self.final_layer.linear):

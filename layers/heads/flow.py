@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layers.cuda_graphs import Graphed
-from layers.diffusion.flow_matching import interpolate, logit_normal, target
+from layers.diffusion.flow_matching import interpolate, target
 from layers.heads.base import Head, Terms, check_draws, guide, stack_guidance
 from layers.heads.denoiser import Denoiser
 from layers.samplers.ode import SOLVERS, Velocity, solve, uniform_times
@@ -20,31 +20,15 @@ TIME_SCALE = 1000.0  # times reach the sinusoid in the range of diffusion timest
 
 
 class FlowHead(Head):
-    """token_dim D, cond_dim E, width and depth of the MLP; logit_normal: (mean, std) of logit(t) in training, or None
-    for uniform times."""
+    """token_dim D, cond_dim E, width and depth of the MLP. Training times are uniform."""
 
     SOLVERS = tuple(SOLVERS)
 
-    def __init__(
-        self,
-        token_dim: int,
-        cond_dim: int,
-        *,
-        width: int,
-        depth: int,
-        logit_normal: tuple[float, float] | None = None,
-    ) -> None:
+    def __init__(self, token_dim: int, cond_dim: int, *, width: int, depth: int) -> None:
         super().__init__()
-        self.token_dim, self.logit_normal = token_dim, logit_normal
+        self.token_dim = token_dim
         self.net = Denoiser(token_dim, cond_dim, width=width, depth=depth, out_dim=token_dim)
         self._captured: Graphed | None = None  # `_solve`, by capture_sampling
-
-    def draw_times(self, u: Tensor) -> Tensor:
-        """The draws as they are, or the quantiles of the logit-normal law at them."""
-        if self.logit_normal is None:
-            return u
-        mean, std = self.logit_normal
-        return logit_normal(torch.special.ndtri(u), mean=mean, std=std)
 
     def loss(self, x: Tensor, z: Tensor, time: Tensor, noise: Tensor) -> Terms:
         """Term "loss": squared error of the velocity. float32 island, but for the network."""

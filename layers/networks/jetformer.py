@@ -25,7 +25,8 @@ from layers.kv_cache import KVCache
 from layers.norm import OffsetRMSNorm
 from layers.precision import compute_dtype
 from layers.rope import rotary_table
-from layers.text_image import Inputs, Vocab, input_order, output_places, right_aligned
+from layers.text.batches import SpecialIds
+from layers.text_image import Inputs, input_order, output_places, right_aligned
 
 
 @dataclass
@@ -80,7 +81,7 @@ class DecoderCache(NamedTuple):
 class JetFormerDecoder(nn.Module):
     """Image tokens (B, N, D) and text ids (B, T) of a vocabulary -> vectors (B, N, E) and (B, T, E); any N and T."""
 
-    def __init__(self, config: DecoderConfig, *, token_dim: int, vocab: Vocab) -> None:
+    def __init__(self, config: DecoderConfig, *, token_dim: int, vocab: SpecialIds) -> None:
         super().__init__()
         self.config, self.vocab = config, vocab
         self.text_embed = nn.Embedding(config.text_tables * vocab.size, config.width)

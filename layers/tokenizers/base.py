@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from layers.random import Generators
 
+KEYS = "--model.init_args.tokenizer.init_args"  # as recipes and command lines name a tokenizer's arguments
+
 
 class Tokens(NamedTuple):
     """x (B, L, D) continuous or (B, L) ids; logdet (B,) in nats per image for the whole map from integer pixels, or
@@ -62,6 +64,14 @@ class Tokenizer(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         """Tokens' x -> float images (B, 3, H, W) in [-1, 1]."""
         raise NotImplementedError
+
+    def check_size(self, images: Tensor) -> None:
+        """Raise ValueError for images (..., H, W) of another size than the tokenizer's."""
+        if tuple(images.shape[-2:]) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {images.shape[-2]}x{images.shape[-1]}, the tokenizer expects {self.image_size}: give "
+                f"--data.init_args.image_size and {KEYS}.image_size the same value"
+            )
 
     def forward(self, batch: dict[str, Tensor], generator: Generators = None) -> Tokens:
         """A batch with `raw` (cached) or `image` (uint8) -> Tokens."""

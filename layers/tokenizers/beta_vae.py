@@ -14,8 +14,8 @@ from torch import Tensor
 from layers.checkpoint import to_ours
 from layers.conv_autoencoder import LOGVAR_RANGE, Posterior
 from layers.maskgit_autoencoder import MaskGITAutoencoder, MaskGITAutoencoderConfig, flax_rules
+from layers.tokenizers.base import KEYS
 from layers.tokenizers.conv import PosteriorTokenizer, as_architecture
-from layers.tokenizers.learned import KEYS
 
 
 class BetaVAETokenizer(PosteriorTokenizer):

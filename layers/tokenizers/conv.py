@@ -15,8 +15,8 @@ from layers.conv_autoencoder import ConvAutoencoder, ConvConfig, Posterior
 from layers.maskgit_autoencoder import MaskGITAutoencoder
 from layers.patch import patchify, unpatchify
 from layers.random import Generators, randn
-from layers.tokenizers.base import Tokens, from_uint8
-from layers.tokenizers.learned import KEYS, LearnedTokenizer
+from layers.tokenizers.base import KEYS, Tokens, from_uint8
+from layers.tokenizers.learned import LearnedTokenizer
 
 Config = TypeVar("Config", bound=ConvConfig)
 
@@ -63,11 +63,7 @@ class ConvTokenizer(LearnedTokenizer):
         Raises ValueError if the images have another size.
         """
         self.require_weights()
-        if tuple(images.shape[-2:]) != (self.image_size, self.image_size):
-            raise ValueError(
-                f"images are {images.shape[-2]}x{images.shape[-1]}, the tokenizer expects {self.image_size}: give "
-                f"--data.init_args.image_size and {KEYS}.image_size the same value"
-            )
+        self.check_size(images)
         if images.is_meta:  # which autocast does not know
             return self.vae.encode(from_uint8(images))
         with torch.autocast(images.device.type, enabled=False):

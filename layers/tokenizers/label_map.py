@@ -16,8 +16,8 @@ from layers.conv_autoencoder import Posterior
 from layers.label_maps import bins_of_depth, depth_of_bins, depth_picture, panoptic_map, panoptic_picture
 from layers.networks.label_map_vae import LabelMapVAE, LabelMapVAEConfig, flax_rules, unrolled
 from layers.random import Generators, randn
-from layers.tokenizers.base import Tokens
-from layers.tokenizers.learned import KEYS, LearnedTokenizer
+from layers.tokenizers.base import KEYS, Tokens
+from layers.tokenizers.learned import LearnedTokenizer
 
 PANOPTIC, DEPTH = {"semantics", "instances"}, {"depth"}
 Maps = dict[str, Tensor]  # name -> ids (B, H, W)

@@ -9,9 +9,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from layers.checkpoint import check_fit
-from layers.tokenizers.base import Tokenizer
-
-KEYS = "--model.init_args.tokenizer.init_args"
+from layers.tokenizers.base import KEYS, Tokenizer
 
 
 class LearnedTokenizer(Tokenizer):

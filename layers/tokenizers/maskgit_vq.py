@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from layers.codebook import Codebook
 from layers.maskgit_autoencoder import MaskGITAutoencoder, MaskGITAutoencoderConfig
+from layers.tokenizers.base import KEYS
 from layers.tokenizers.conv import as_architecture
-from layers.tokenizers.learned import KEYS
 from layers.tokenizers.vq import IdTokenizer
 
 MASKGIT_CODES = 1024

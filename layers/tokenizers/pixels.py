@@ -6,7 +6,7 @@ from torch import Tensor
 
 from layers.patch import patchify, unpatchify
 from layers.random import Generators
-from layers.tokenizers.base import Tokenizer, Tokens, from_uint8
+from layers.tokenizers.base import KEYS, Tokenizer, Tokens, from_uint8
 
 
 class PixelTokenizer(Tokenizer):
@@ -20,7 +20,7 @@ class PixelTokenizer(Tokenizer):
         if image_size < 1 or patch_size < 1 or image_size % patch_size:
             raise ValueError(
                 f"image_size {image_size} is not divisible by patch_size {patch_size}: "
-                f"set --model.init_args.tokenizer.init_args.image_size or patch_size"
+                f"set {KEYS}.image_size or patch_size"
             )
         self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
         self.grid = (image_size // patch_size, image_size // patch_size)
@@ -30,11 +30,7 @@ class PixelTokenizer(Tokenizer):
         return {"image_size": self.image_size, "patch_size": self.patch_size, "channels": self.channels}
 
     def encode_image(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[-2:]) != (self.image_size, self.image_size):
-            raise ValueError(
-                f"images are {images.shape[-2]}x{images.shape[-1]}, the tokenizer expects {self.image_size}: give "
-                f"--data.init_args.image_size and --model.init_args.tokenizer.init_args.image_size the same value"
-            )
+        self.check_size(images)
         return images
 
     def encode_raw(self, raw: Tensor, generator: Generators = None) -> Tokens:

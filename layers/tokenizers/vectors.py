@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from layers.random import Generators
-from layers.tokenizers.base import Tokenizer, Tokens
+from layers.tokenizers.base import KEYS, Tokenizer, Tokens
 
 
 class VectorTokenizer(Tokenizer):
@@ -39,7 +39,7 @@ class VectorTokenizer(Tokenizer):
         if tuple(raw.shape[1:]) != (self.seq_len, self.token_dim):
             raise ValueError(
                 f"rows are {tuple(raw.shape[1:])}, the tokenizer expects {(self.seq_len, self.token_dim)}: give "
-                f"--data.init_args and --model.init_args.tokenizer.init_args the same image_size and token_dim"
+                f"--data.init_args and {KEYS} the same image_size and token_dim"
             )
         return Tokens(raw.float(), torch.zeros(len(raw), device=raw.device))
 

@@ -14,9 +14,8 @@ from layers.codebook import Codebook
 from layers.conv_autoencoder import AutoencoderConfig, ConvAutoencoder, ConvConfig, VQ16Config
 from layers.maskgit_autoencoder import MaskGITAutoencoder
 from layers.random import Generators
-from layers.tokenizers.base import Tokens
+from layers.tokenizers.base import KEYS, Tokens
 from layers.tokenizers.conv import ConvTokenizer, LatentTokenizer, as_architecture
-from layers.tokenizers.learned import KEYS
 
 VQ16_CODES = 16384
 

@@ -107,6 +107,11 @@ class EMA(L.Callback):
         for name in shadow:
             exchange(params[name], shadow[name])
 
+    @property
+    def first(self) -> str:
+        """The name of the first average; without any, of the raw weights."""
+        return self.names[0] if self.decays else "raw"
+
     @contextmanager
     def weights(self, pl_module: L.LightningModule, which: str) -> Iterator[None]:
         """Within the context the module holds the average of decay `which`; "raw" changes nothing. Exception-safe."""
@@ -135,3 +140,8 @@ class EMA(L.Callback):
     on_validation_start = on_test_start = on_predict_start = _swap_in
     on_validation_end = on_test_end = on_predict_end = _swap_out
     on_exception = _swap_out  # whatever is saved after an interrupt must be the raw weights
+
+
+def averages(trainer: L.Trainer) -> EMA:
+    """The trainer's averages; of one that keeps none, an EMA without decays, whose only weights are the raw ones."""
+    return next((c for c in trainer.callbacks if isinstance(c, EMA)), EMA(()))

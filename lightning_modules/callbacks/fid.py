@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_modules.base import GenerativeModule
-from lightning_modules.callbacks.ema import EMA
+from lightning_modules.callbacks.ema import averages
 from lightning_modules.evaluation import Evaluation
 from lightning_modules.extractors import make_extractor
 from lightning_modules.generate import class_major_labels, draw_images
@@ -53,11 +53,9 @@ class FID(L.Callback):
         if self.every_n_steps is None:
             return
         self._done_at = trainer.global_step
-        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
-        if self.which not in (None, "raw", *(ema.names if ema else [])):
-            raise ValueError(
-                f"fid.weights is {self.which}: there are raw{''.join(f', {n}' for n in (ema.names if ema else []))}"
-            )
+        names = ["raw", *averages(trainer).names]
+        if self.which not in (None, *names):
+            raise ValueError(f"fid.weights is {self.which}: there are {', '.join(names)}")
         judge = getattr(trainer.datamodule, "score_samples", None)
         if self.extractor and not self.stats:
             raise ValueError(
@@ -100,8 +98,7 @@ class FID(L.Callback):
 
     @torch.no_grad()
     def _score(self, trainer: L.Trainer, pl_module: GenerativeModule) -> dict[str, float]:
-        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
-        which = self.which or (ema.names[0] if ema and ema.names else "raw")
+        ema = averages(trainer)
         drawn = draw_images(
             pl_module,
             class_major_labels(self.num_images, pl_module.num_classes),
@@ -110,6 +107,6 @@ class FID(L.Callback):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
-        weights = ema.weights(pl_module, which) if ema else torch.no_grad()
+        weights = ema.weights(pl_module, self.which or ema.first)
         with weights, gathered(pl_module), trainer.precision_plugin.forward_context():
             return self._evaluation(drawn, device=pl_module.device)

@@ -10,7 +10,7 @@ import torch
 
 from lightning_modules.callbacks import slurm
 from lightning_modules.callbacks.checkpoint import latest_checkpoint
-from lightning_modules.callbacks.ema import EMA
+from lightning_modules.callbacks.ema import averages
 from lightning_modules.callbacks.finite import FiniteSteps
 from lightning_modules.paths import shown
 
@@ -101,5 +101,4 @@ class Guard(L.Callback):
         """Bad weights must not replace good ones."""
         if self._training:  # not of a checkpoint that somebody saves outside training
             self._finite.check(trainer)
-            averages = [shadow for c in trainer.callbacks if isinstance(c, EMA) for shadow in c.shadows]
-            self._finite.check_saved(trainer, averages)
+            self._finite.check_saved(trainer, averages(trainer).shadows)

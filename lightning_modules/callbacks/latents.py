@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
 from lightning_modules.callbacks.checkpoint import latest_checkpoint
-from lightning_modules.callbacks.ema import EMA
+from lightning_modules.callbacks.ema import averages
 from lightning_modules.paths import shown
 from lightning_modules.sharding import gathered
 
@@ -32,12 +31,11 @@ class LatentStats(L.Callback):
         latest = latest_checkpoint(trainer)
         if not latest or not latest.best_model_path or pl_module.tokenizer.vocab_size is not None:
             return
-        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
-        which = ema.names[0] if ema and ema.names else "raw"
-        with ema.weights(pl_module, which) if ema else torch.no_grad(), gathered(pl_module):
+        ema = averages(trainer)
+        with ema.weights(pl_module, ema.first), gathered(pl_module):
             if trainer.is_global_zero:
                 measured = pl_module.measure_latents(trainer.datamodule, self.num_images)
-                write_stats(measured, Path(latest.best_model_path), which)
+                write_stats(measured, Path(latest.best_model_path), ema.first)
 
 
 def write_stats(measured: tuple[float, float, int], weights: Path, which: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_modules.base import GenerativeModule, to_uint8
-from lightning_modules.callbacks.ema import EMA
+from lightning_modules.callbacks.ema import averages
 from lightning_modules.paths import run_folder
 from lightning_modules.pictures import enlarge, labels_in_turn, make_grid, save_png
 from lightning_modules.sharding import gathered, is_sharded
@@ -55,15 +55,14 @@ class SampleGrid(L.Callback):
 
     def _draw(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
         """On the first process; the others have their part in gathering the weights."""
-        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
-        names = self.chosen or ["raw", *(ema.names if ema else [])]
+        ema = averages(trainer)
+        names = self.chosen or ["raw", *ema.names]
         originals = None
         if hasattr(pl_module, "reconstruct") and trainer.is_global_zero:
             originals = pl_module.originals(trainer.datamodule, self.num_images)
         grids = [] if originals is None else [make_grid(shown_of(pl_module, originals), columns=self.columns)]
         for name in names:
-            weights = ema.weights(pl_module, name) if ema else torch.no_grad()
-            with weights, gathered(pl_module), trainer.precision_plugin.forward_context():
+            with ema.weights(pl_module, name), gathered(pl_module), trainer.precision_plugin.forward_context():
                 if trainer.is_global_zero:
                     images = self._sample(pl_module) if originals is None else pl_module.reconstruct(originals)
                     grids.append(make_grid(to_uint8(images), columns=self.columns))

@@ -3,16 +3,11 @@
 import pytest
 import torch
 
-from layers.text_image import Inputs, Vocab, attention_mask, input_order, output_places, right_aligned
+from layers.text_image import Inputs, attention_mask, input_order, output_places, right_aligned
 
 T, N = 3, 4
 FIRST = torch.tensor([True, False, True])
 VALID = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
-
-
-def test_special_ids_follow_the_words():
-    assert Vocab.of_words(1000) == Vocab(1003, bos=1000, boi=1001, nolabel=1002)
-    assert Vocab.of_words(32_000, boi=1) == Vocab(32_002, bos=32_000, boi=1, nolabel=32_001)
 
 
 @pytest.mark.parametrize("tables", [1, 16])

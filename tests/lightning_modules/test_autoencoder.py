@@ -23,9 +23,9 @@ from layers.tokenizers.kl_vae import KLVAETokenizer
 from layers.tokenizers.pixels import PixelTokenizer
 from layers.tokenizers.vq import VQTokenizer
 from lightning_modules import autoencoder
-from lightning_modules.autoencoder import AutoencoderModule, AutoencoderObjective, psnr, spread_images
+from lightning_modules.autoencoder import AutoencoderModule, AutoencoderObjective, psnr
 from lightning_modules.base import to_uint8
-from lightning_modules.pictures import enlarge, make_grid
+from lightning_modules.pictures import enlarge, make_grid, spread_rows
 from lightning_modules.tokenizer_weights import load_tokenizer_weights
 from lightning_modules.weights import read_torch
 from tests.methods.test_autoencoder import TINY
@@ -208,12 +208,6 @@ def test_reconstruction_takes_the_mean_or_the_codes(make):
     assert module.training and not module.reconstruct(images).requires_grad
 
 
-def test_images_are_spread_over_the_rows():
-    rows = [{"image": torch.full((1, 3, 1, 1), i)} for i in range(7)]
-    assert [int(x[0, 0]) for x in spread_images(rows, 3)] == [0, 2, 4]
-    assert [int(x[0, 0]) for x in spread_images(rows, 9)] == list(range(7))
-
-
 def test_ids_have_no_scale():
     with pytest.raises(ValueError, match="VQTokenizer are ids"):
         build(vq_tokenizer(), disc_weight=0.0).measure_latents(None, 1)
@@ -322,9 +316,8 @@ def test_the_end_of_training_measures_the_latents(trained, capsys):
     stats = json.loads((trained[1].parent / "latent_stats.json").read_text())
     module, data = AutoencoderModule.load_from_checkpoint(trained[1]), digits()
     generator = torch.Generator().manual_seed(0)
-    expected = latent_statistics(
-        module.tokenizer, [{"image": torch.cat(list(spread_images(data.train_set, 60)))}], generator=generator
-    )
+    images = torch.cat([row["image"] for row in spread_rows(data.train_set, 60)])
+    expected = latent_statistics(module.tokenizer, [{"image": images}], generator=generator)
     assert (stats["mean"], stats["std"], stats["count"]) == pytest.approx(expected, rel=1e-5)
     assert stats["latent_scale"] == pytest.approx(1 / expected.std, rel=1e-5) and stats["average"] == "0.5"
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.extractors import EXTRACTORS, INCEPTION_FILE, InceptionV3, file_sha256, make_extractor
+from lightning_modules.extractors import EXTRACTORS, INCEPTION_FILE, InceptionV3, make_extractor
+from lightning_modules.weights import file_sha256
 
 
 def pictures(count: int = 4, size: int = 24) -> torch.Tensor:

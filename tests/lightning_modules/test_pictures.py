@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_modules.pictures import enlarge, labels_in_turn, make_grid, save_png
+from lightning_modules.pictures import enlarge, labels_in_turn, make_grid, save_png, spread_rows
 
 
 def images(count: int) -> torch.Tensor:
@@ -51,3 +51,9 @@ def test_png_gives_back_the_pixels_and_folders_are_made(tmp_path):
 def test_labels_go_round(labels, count, expected):
     turn = labels_in_turn(labels, count)
     assert turn.dtype == torch.int64 and turn.tolist() == expected
+
+
+def test_images_are_spread_over_the_rows():
+    rows = [{"image": i} for i in range(7)]
+    assert [row["image"] for row in spread_rows(rows, 3)] == [0, 2, 4]
+    assert [row["image"] for row in spread_rows(rows, 9)] == list(range(7))

@@ -1,13 +1,15 @@
 """GIVT's settings that cannot work: each is an error that names them, before the first step where they are a sampler's;
 and scales that collapse while training."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from layers.flows.adapter import AdapterConfig, FlowAdapter
 from layers.heads.gmm import COLLAPSED, GMMHead
 from layers.networks.givt import GIVTConfig
-from lightning_modules.base import GenerativeModule
 from lightning_modules.givt import GIVTSampling, HeadConfig
 from tests.methods.test_givt_variants import batch, build
 
@@ -26,10 +28,12 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("module", "settings", "message"), UNUSABLE)
-def test_a_sampler_that_cannot_work_is_an_error_before_training(module, settings, message, monkeypatch):
-    monkeypatch.setattr(GenerativeModule, "setup", lambda self, stage: None)  # which needs a trainer
+def test_a_sampler_that_cannot_work_is_an_error_before_training(module, settings, message):
     found = build(**module)
     found.sampling = GIVTSampling(**settings)
+    found._trainer = SimpleNamespace(
+        precision="32-true", strategy=SingleDeviceStrategy(), datamodule=None, ckpt_path=None
+    )
     with pytest.raises(ValueError, match=message):
         found.setup("fit")
 

@@ -7,18 +7,20 @@ coupling computes without golden values: layers/flows/test_jet.py. Tolerances ar
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.load import load_module
 from layers.checkpoint import to_ours
-from layers.flows.jet import Jet, JetConfig, jet_rules, permutation_names, unrolled
+from layers.flows.jet import Jet, JetConfig, jet_rules, unrolled
 from layers.likelihood import bits_per_dim
 from layers.patch import patchify, unpatchify
 from layers.tokenizers.dequantised import DequantisedTokenizer
@@ -26,6 +28,7 @@ from layers.tokenizers.pixels import PixelTokenizer
 from layers.tokenizers.vectors import VectorTokenizer
 from lightning_modules.jet import JetModule, JetSampling
 from lightning_modules.optim import param_groups
+from lightning_modules.sharding import prepare_strategy
 from tests.golden_cases import Golden, case_id, golden_paths, read_json
 
 # Overrides that shrink any Jet recipe; tests/smoke.py and the contract tests run every recipe with them.
@@ -357,13 +360,14 @@ def test_weights_cast_once_give_the_same_samples():
 
 def test_permutations_are_no_business_of_optimiser_or_ddp(tmp_path):
     module = tiny()
-    names = permutation_names(module)
+    names = [name for name, _ in module.named_buffers()]
     assert len(names) == 3
     grouped = param_groups(module.named_parameters(), 0.1, no_weight_decay=module.no_weight_decay)
     count = sum(p.numel() for group in grouped for p in group["params"])
     assert count == sum(p.numel() for p in module.net.parameters())
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
+        prepare_strategy(module, SimpleNamespace(strategy=DDPStrategy(), precision="32-true"))
         parallel = DistributedDataParallel(module)
         assert parallel.parameters_to_ignore == set(names) and not parallel.modules_buffers
     finally:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from layers.checkpoint import to_official, to_ours
 from layers.heads.gmm import GMMHead
 from layers.networks.jetformer import DecoderCache, DecoderConfig, JetFormerDecoder, decoder_rules, stacked, unrolled
-from layers.text_image import Inputs, Vocab, attention_mask, right_aligned
+from layers.text.batches import SpecialIds
+from layers.text_image import Inputs, attention_mask, right_aligned
 from tests.golden_cases import Golden, case_id, golden_paths, read_json
 
 METHOD = "jetformer"
@@ -50,7 +51,7 @@ class Model(nn.Module):
             text_head="untied" if model.get("untie_output_vocab", False) else "tied",
             causal_prefix=model.get("causal_mask_on_prefix", True),
         )
-        vocab = Vocab(model["vocab_size"], model["bos_id"], model["boi_id"], model["nolabel_id"])
+        vocab = SpecialIds(model["bos_id"], model["boi_id"], model["nolabel_id"], size=model["vocab_size"])
         self.net = JetFormerDecoder(config, token_dim=model["out_dim"], vocab=vocab)
         mixtures = {"num_mixtures": model["num_mixtures"], "scale_min": model.get("scale_tol", 1e-6)}
         dtype = model.get("head_dtype", "float32")

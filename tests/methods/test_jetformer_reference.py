@@ -80,7 +80,7 @@ def test_samples(captions, settings):
     text = reference.texts(torch.arange(3) if captions else LABELS, sampling)
     plain = reference.soft_tokens(text, sampling, draws)
     assert len(draws.steps) == 4
-    noise = replay([draws.noise(j).transpose(0, 1) for j in range(4)])
+    noise = replay([draws.noise(j).transpose(0, 1)[:, :, None] for j in range(4)])
     ours = module.soft_tokens({"text": text}, sampling, noise)
     torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 

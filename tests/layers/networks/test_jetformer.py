@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from layers.networks.jetformer import DecoderConfig, JetFormerDecoder
-from layers.text_image import Inputs, Vocab
+from layers.text.batches import special_ids
+from layers.text_image import Inputs
 
 B, T, N, D = 5, 4, 6, 3
 WORDS = 9
@@ -20,7 +21,7 @@ options = pytest.mark.parametrize(("tables", "kv_heads", "causal"), OPTIONS)
 def decoder(tables: int = 1, kv_heads: int = 1, causal: bool = True, **changes) -> JetFormerDecoder:
     sizes = {"width": 16, "depth": 2, "num_heads": 4, "head_dim": 6, "mlp_hidden": 24, "dropout": 0.0} | changes
     config = DecoderConfig(**sizes, text_tables=tables, num_kv_heads=kv_heads, causal_prefix=causal)
-    net = JetFormerDecoder(config, token_dim=D, vocab=Vocab.of_words(WORDS))
+    net = JetFormerDecoder(config, token_dim=D, vocab=special_ids(WORDS))
     for block in net.blocks:
         for p in block.parameters():
             torch.nn.init.normal_(p, std=0.3)
