@@ -11,9 +11,11 @@ from PIL import Image
 
 from benchmarks.claims import digits, jit_prediction, jit_toy, ledger
 from benchmarks.claims.ledger import Claim, Places
+from tests.test_claims_dart import TINY_HISTORY
 from tests.test_claims_givt import TINY_MIXTURE, TINY_SAMPLING
 from tests.test_claims_jetformer import TINY_FLOW, TINY_RECIPE
 from tests.test_claims_mar import TINY_HEAD, TINY_LOSS
+from tests.test_claims_rar import TINY_ORDERS
 
 TINY = {
     "jit_toy": {
@@ -46,6 +48,8 @@ TINY = {
     "givt_sampling": TINY_SAMPLING,
     "jetformer_flow": TINY_FLOW,
     "jetformer_recipe": TINY_RECIPE,
+    "rar_orders": TINY_ORDERS,
+    "dart_history": TINY_HISTORY,
 }
 
 

@@ -36,6 +36,8 @@ CLAIMS = (
     "givt_sampling",
     "jetformer_flow",
     "jetformer_recipe",
+    "rar_orders",
+    "dart_history",
 )
 ROOT = Path(__file__).parents[2]
 HEADER = """# Claims
