@@ -119,7 +119,7 @@ claims: $(READY)  ## try every claim of the papers anew and write docs/claims.md
 smoke: $(READY)  ## EXP shrunken, on synthetic data and CPU: train, resume, sample in seconds
 	$(need_exp)@$(PY) -m tests.smoke "$(strip $(EXP))"
 
-test: $(READY)  ## the test suite, a few minutes on 2 cores; GOLDEN_DIR= points it at other golden cases
+test: $(READY)  ## the test suite, some minutes on 2 cores; GOLDEN_DIR= points it at other golden cases
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)  ## the tests that take minutes

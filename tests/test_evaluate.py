@@ -149,6 +149,7 @@ def test_files_score_as_the_model_that_drew_them(folder, plain, images, tmp_path
     assert rows(tmp_path)[0]["fd_randconv"] == pytest.approx(plain["fd_randconv"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_statistics_by_two_processes_are_those_of_one(folder, tmp_path):
     out = tmp_path / "two.npz"
     line = ["--exp", "jit_digits", "--extractor", "randconv", "--devices", "2", "--out", str(out)]

@@ -13,13 +13,14 @@ from tests.test_contract import FAMILIES
 
 EXPERIMENTS = recipes.names()
 QUICK = {*FAMILIES, *(name for name in EXPERIMENTS if name.endswith(("_digits", "_shapes")))}  # others differ in sizes
+QUICK_FIRST = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EXPERIMENTS]
 
 
 def plain(value):
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", QUICK_FIRST)
 def test_command_line_and_loader_build_the_same(experiment):
     with torch.device("meta"):
         parsed = cli(["--exp", experiment, "--trainer.accelerator=cpu", "--trainer.logger=false"], run=False)
@@ -48,9 +49,7 @@ def test_header_states_source_figures_hardware_and_command(experiment):
         assert needed.lower() in header.lower(), needed
 
 
-@pytest.mark.parametrize(
-    "experiment", [pytest.param(e, marks=[] if e in QUICK else pytest.mark.slow) for e in EXPERIMENTS]
-)
+@pytest.mark.parametrize("experiment", QUICK_FIRST)
 def test_smoke(experiment, tmp_path):
     smoke(experiment, tmp_path)
 

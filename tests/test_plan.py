@@ -69,7 +69,7 @@ def test_counting_repeated_forwards_once_changes_nothing(overrides):
     assert count_flops(lambda: module.sample([0])) == plain, "the module is as it was"
 
 
-@pytest.mark.parametrize("experiment", ["jit", "jit_l16"])
+@pytest.mark.parametrize("experiment", ["jit", pytest.param("jit_l16", marks=pytest.mark.slow)])
 def test_activations_are_near_the_formula(experiment):
     """17 bf16 tensors of tokens x width per block, as the estimate of the performance notes has it."""
     found = costs.count_activations(load_config(experiment))
