@@ -194,7 +194,8 @@ def draw(
 def write(images: Tensor, labels: Tensor, settings: dict[str, Any], out: Path) -> None:
     """Grid, single PNGs, arrays and settings into a folder, which is made."""
     out.mkdir(parents=True, exist_ok=True)
-    columns = min(10, len(images))
+    asked = len(labels.unique())
+    columns = asked if 1 < asked <= 16 else min(10, len(images))  # asked for in turn: a column each
     save_png(enlarge(make_grid(images, columns=columns), size=images.shape[-1]), out / "grid.png")
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         save_png(image, out / f"{i:06d}_label{label}.png")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments.sample import write
 from lightning_modules.pictures import enlarge, labels_in_turn, make_grid, save_png, spread_rows
 
 
@@ -57,3 +58,10 @@ def test_images_are_spread_over_the_rows():
     rows = [{"image": i} for i in range(7)]
     assert [row["image"] for row in spread_rows(rows, 3)] == [0, 2, 4]
     assert [row["image"] for row in spread_rows(rows, 9)] == list(range(7))
+
+
+@pytest.mark.parametrize(("labels", "count", "columns"), [([0, 1, 2], 7, 3), ([4], 7, 7), (list(range(40)), 40, 10)])
+def test_samples_stand_in_one_column_per_label_that_was_asked_for(tmp_path, labels, count, columns):
+    images = torch.zeros(count, 3, 48, 48, dtype=torch.uint8)
+    write(images, labels_in_turn(labels, count), {}, tmp_path)
+    assert Image.open(tmp_path / "grid.png").width == columns * (48 + 2) + 2
