@@ -120,7 +120,7 @@ smoke: $(READY)  ## EXP shrunken, on synthetic data and CPU: train, resume, samp
 	$(need_exp)@$(PY) -m tests.smoke "$(strip $(EXP))"
 
 test: $(READY)  ## the test suite, some minutes on 2 cores; GOLDEN_DIR= points it at other golden cases
-	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(READY)  ## the tests that take minutes
 	@$(PY) -m pytest -m slow $(ARGS)

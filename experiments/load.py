@@ -5,6 +5,7 @@ command line builds the same. A configuration is a stranger's text: it names cla
 `--trust-config` lifts in training (main.py), and whatever is wrong with it is a ValueError that names the file or key.
 """
 
+import copy
 import importlib
 import inspect
 import math
@@ -12,6 +13,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,7 @@ def load_config(
 def read_config(path: Path, *, trusted: bool = False) -> dict[str, Any]:
     """One configuration file. Errors as in `load_config`."""
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        _count_values(config, {})
+        config = copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except NOT_YAML as error:
         raise ValueError(f"'{path}' is no readable YAML: {str(error) or type(error).__name__}") from error
     if config is None:  # nothing but comments
@@ -126,8 +127,7 @@ def parse_override(text: str) -> dict[str, Any]:
     if not separator:
         raise ValueError(f"override '{text}' has no value: write --key=value")
     try:
-        parsed = yaml.load(value, _Loader)
-        _count_values(parsed, {})
+        parsed = copy.deepcopy(_parsed(value))
     except NOT_YAML as error:
         raise ValueError(f"the value of '{text:.200}' is no YAML ({error}): quote it, or correct it") from error
     for key in reversed(name.split(".")):
@@ -198,6 +198,14 @@ def _class_paths(value: Any) -> Iterator[Any]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _class_paths(inner)
+
+
+@lru_cache(256)  # a command reads the same recipe several times, in pure Python, as libyaml crashes on deep nesting
+def _parsed(text: str) -> Any:
+    """The values of a YAML text, which the caller must not change."""
+    values = yaml.load(text, _Loader)
+    _count_values(values, {})
+    return values
 
 
 def _count_values(value: Any, counted: dict[int, float]) -> float:

@@ -15,5 +15,14 @@ def _deterministic():
     torch.manual_seed(0)
 
 
+# files of long tests, begun first, so that neither of two processes is left alone with them at the end
+LONG = ("test_experiments", "test_errors", "test_ddp", "test_plan", "test_resume", "test_evaluate", "test_contract")
+LONG += ("test_survival", "test_jit_facts", "test_claims")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)

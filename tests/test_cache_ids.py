@@ -199,6 +199,7 @@ def test_mar_trains_and_draws_with_these_ids(photos, weights, written, tmp_path)
     assert images.shape[1:] == (SIZE, SIZE, 3) and images.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ten_crops_is_planned_from_its_epochs_of_images(weights):
     """An epoch is one crop of every image, not all ten."""
     overrides = [text.removeprefix("--") for text in recipe("ILSVRC/imagenet-1k", weights, "nowhere")]

@@ -17,7 +17,8 @@ from tests.test_claims_jetformer import TINY_FLOW, TINY_RECIPE
 from tests.test_claims_mar import TINY_HEAD, TINY_LOSS
 from tests.test_claims_rar import TINY_ORDERS
 
-QUICK = {"jit_toy", "mar_loss", "jetformer_flow"}
+QUICK = {"jit_toy", "jetformer_flow"}
+QUICK_FIRST = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ledger.CLAIMS]
 TINY = {
     "jit_toy": {
         **jit_toy.SETTINGS,
@@ -165,7 +166,7 @@ def test_the_ledger_is_what_the_stored_results_give():
         assert 1000 < picture.stat().st_size < 300_000
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in ledger.CLAIMS])
+@pytest.mark.parametrize("name", QUICK_FIRST)
 def test_a_claim_runs_whole(name, places):
     claim = ledger.find(name)
     assert claim.name == name
@@ -180,7 +181,7 @@ def test_a_claim_runs_whole(name, places):
     assert not (places.work / name).exists()
 
 
-@pytest.mark.parametrize("name", ledger.CLAIMS)
+@pytest.mark.parametrize("name", QUICK_FIRST)
 def test_a_cell_depends_on_its_key_alone(name):
     claim = ledger.find(name)
     key = claim.cells(TINY[name])[1]

@@ -31,7 +31,7 @@ def one(tmp_path_factory):
     return train(tmp_path_factory.mktemp("one"), "one", FEW, *steps(STEPS))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(strategy, one, tmp_path):
     for actual, expected in zip(train(tmp_path, strategy, FEW, *steps(STEPS)), one, strict=True):
         assert len(actual.curves["train/loss"]) == STEPS

@@ -117,7 +117,8 @@ def test_numpy_and_torch_fidelity_agree_on_the_png_files(folder, plain):
     assert plain["fd_randconv"] == pytest.approx(distance - 2 * root, rel=1e-3)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_processes_draw_the_same_bytes_and_figures(folder, plain, processes, tmp_path):
     line = [*SCORED, "--batch_size", "32", "--devices", str(processes), "--save", str(tmp_path / "png")]
     run(folder, "experiments.evaluate", *line, "--out", str(tmp_path))

@@ -9,10 +9,10 @@ from experiments import recipes
 from experiments.load import instantiate, load_config, load_data, load_module
 from experiments.main import cli
 from tests.smoke import SMOKE, shrunken, smoke, tiny
-from tests.test_contract import FAMILIES
 
 EXPERIMENTS = recipes.names()
-QUICK = {*FAMILIES, *(name for name in EXPERIMENTS if name.endswith(("_digits", "_shapes")))}  # others differ in sizes
+OFFLINE_FIRST = sorted(EXPERIMENTS, key=lambda name: (not name.endswith("_digits"), not name.endswith("_shapes"), name))
+QUICK = {load_config(name)["model"]["class_path"]: name for name in reversed(OFFLINE_FIRST)}.values()  # one per module
 QUICK_FIRST = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EXPERIMENTS]
 
 

@@ -69,7 +69,7 @@ def test_recipe_has_the_published_number_of_parameters(experiment):
     assert sum(p.numel() for p in module.parameters() if not p.requires_grad) == 256 * width
 
 
-@pytest.mark.parametrize("experiment", SIZES)
+@pytest.mark.parametrize("experiment", ["jit", *(pytest.param(n, marks=pytest.mark.slow) for n in SIZES if n != "jit")])
 def test_one_forward_costs_the_published_flops(experiment):
     net = on_meta(experiment).net
     x = torch.empty(1, 256, net.final_layer.linear.out_features, device="meta")

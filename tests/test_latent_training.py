@@ -74,6 +74,7 @@ def test_a_checkpoint_holds_no_frozen_tokenizer_and_loads_with_it(trained):
     assert images.shape == (2, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_unbroken_one(trained, tmp_path):
     overrides, sizes = common(trained / "vae1.safetensors")
     overrides = [o.replace("root=cache", f"root={trained / 'cache'}") for o in overrides]

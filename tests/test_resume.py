@@ -67,7 +67,7 @@ def unbroken(tmp_path_factory):
         (signal.SIGTERM, 21, "forward"),  # the last step of the epoch
         pytest.param(signal.SIGINT, 22, "forward", marks=pytest.mark.slow),  # the first of the next
         (signal.SIGINT, 10, "batch_end"),
-        (signal.SIGTERM, 16, "validation"),
+        pytest.param(signal.SIGTERM, 16, "validation", marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_run_saves_and_resumes_bit_for_bit(signum, step, where, unbroken, tmp_path, capsys):
@@ -82,6 +82,7 @@ def test_interrupted_run_saves_and_resumes_bit_for_bit(signum, step, where, unbr
         assert_same(result(), unbroken)
 
 
+@pytest.mark.slow
 def test_run_bounded_by_epochs_resumes_bit_for_bit(tmp_path):
     """Its length and a warm-up in epochs come from the loader: asking must not set the loader up too early."""
     epochs = ["--trainer.max_steps=-1", "--trainer.max_epochs=2", "--model.init_args.optim.warmup_epochs=1.5"]
@@ -98,6 +99,7 @@ def test_run_bounded_by_epochs_resumes_bit_for_bit(tmp_path):
         assert_same(result(), expected)
 
 
+@pytest.mark.slow
 def test_two_interrupts_in_one_run(unbroken, tmp_path):
     with chdir(tmp_path):
         for step in (5, 25):
@@ -107,6 +109,7 @@ def test_two_interrupts_in_one_run(unbroken, tmp_path):
         assert_same(result(), unbroken)
 
 
+@pytest.mark.slow
 def test_interrupts_at_the_ends_of_epochs(tmp_path):
     """From the second on Lightning takes the epoch that follows for the one before; the noise depends on its number."""
     for folder in ("whole", "broken"):

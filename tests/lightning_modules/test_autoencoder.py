@@ -284,7 +284,8 @@ def state_of(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (5, 7))])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 5, 7])
 def test_a_stopped_run_resumes_bit_for_bit(step, trained, tmp_path):
     """Before and after the discriminator's start, in the first epoch of six steps and in the second."""
     with chdir(tmp_path):
