@@ -287,9 +287,11 @@ class GenerativeModule(Pretrained, L.LightningModule):
             return self.tokenizer.decode(tokens).float()
 
     def checked_labels(self, labels: Tensor | Sequence[int]) -> Tensor:
-        """int64 labels. Raises ValueError for one outside 0..num_classes-1."""
+        """int64 labels. Raises ValueError for one outside 0..num_classes-1, and for none."""
         labels = torch.as_tensor(labels, dtype=torch.int64)
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+        if not labels.numel():
+            raise ValueError("there are no labels: give one for each image to draw")
+        if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise ValueError(self._label_error(labels))
         return labels
 

@@ -6,6 +6,7 @@ Checkpoints load with weights_only=True, so hyper-parameters are stored as dicts
 import dataclasses
 import difflib
 import importlib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -20,10 +21,17 @@ T = TypeVar("T")
 def as_config(cls: type[T], value: T | Mapping[str, Any]) -> T:
     """A dataclass instance from itself or from a mapping of its fields.
 
-    Raises ValueError naming a field that does not exist (with the nearest name) or a value of the wrong type.
+    Raises ValueError naming a field that does not exist (with the nearest name), a value of the wrong type, or NaN.
     """
-    if isinstance(value, cls):
-        return value
+    made = value if isinstance(value, cls) else _from_mapping(cls, value)
+    for field in dataclasses.fields(cls):
+        number = getattr(made, field.name)
+        if isinstance(number, float) and math.isnan(number):
+            raise ValueError(f"{cls.__name__}.{field.name} is not a number (NaN): give one")
+    return made
+
+
+def _from_mapping(cls: type[T], value: Mapping[str, Any]) -> T:
     hints = typing.get_type_hints(cls)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
     for name in value:

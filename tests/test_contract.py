@@ -108,6 +108,11 @@ def test_label_out_of_range_names_value_and_range(sampler, label):
         sampler.sample([0, label])
 
 
+def test_no_labels_at_all_are_an_error(sampler):
+    with pytest.raises(ValueError, match="there are no labels"):
+        sampler.sample([])
+
+
 def test_weights_go_to_the_official_layout_and_back(built):
     module, _ = built
     back = module.ours_from_official(module.official_state_dict())

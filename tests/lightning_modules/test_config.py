@@ -79,6 +79,12 @@ def test_without_a_near_key_all_are_listed():
     assert unknown_key("zzz", ["alpha", "beta"]) == "unknown key 'zzz'; known: alpha, beta"
 
 
+@pytest.mark.parametrize("value", [{"cfg_scale": float("nan")}, JiTSampling(cfg_scale=float("nan"))])
+def test_not_a_number_is_no_setting(value):
+    with pytest.raises(ValueError, match=r"JiTSampling.cfg_scale is not a number \(NaN\)"):
+        as_config(JiTSampling, value)
+
+
 def test_values_checked_by_the_dataclass_are_checked_here_too():
     with pytest.raises(ValueError, match="in_context_start is 9"):
         as_config(JiTConfig, {"depth": 4, "in_context_start": 9})
