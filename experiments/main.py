@@ -22,10 +22,10 @@ from datamodules.base import BatchData
 from experiments import recipes
 from experiments.errors import ArgumentError, one_line_errors
 from experiments.keys import check_keys
-from experiments.load import PACKAGES, TRUST, find_class, instantiate, load_config, untrusted
+from experiments.load import PACKAGES, TRUST, find_class, instantiate, load_config, read_config, untrusted
 from lightning_modules.base import GenerativeModule
 from lightning_modules.callbacks import slurm
-from lightning_modules.callbacks.checkpoint import LatestCheckpoint, MilestoneCheckpoint
+from lightning_modules.callbacks.checkpoint import AtomicCheckpointIO, LatestCheckpoint, MilestoneCheckpoint
 from lightning_modules.callbacks.ema import EMA
 from lightning_modules.callbacks.fid import FID
 from lightning_modules.callbacks.guard import Guard
@@ -33,7 +33,7 @@ from lightning_modules.callbacks.progress import StepProgressBar
 from lightning_modules.callbacks.report import Report
 from lightning_modules.callbacks.samples import SampleGrid
 from lightning_modules.callbacks.throughput import Throughput
-from lightning_modules.weights import read_torch
+from lightning_modules.weights import check_resumable, read_torch
 
 # Registered by name, so that each merges like any other section. The averages come first: whoever follows may sample.
 CALLBACKS = {
@@ -80,6 +80,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
+        _write_atomically(trainer)
         trainer.callbacks = [StepProgressBar() if type(c) is RichProgressBar else c for c in trainer.callbacks]
         return trainer
 
@@ -87,12 +88,27 @@ class CLI(LightningCLI):
         """Nothing: Lightning would let hyper-parameters stored in the checkpoint beat the YAML and the command line."""
 
 
+def _write_atomically(trainer: L.Trainer) -> None:
+    """Checkpoints are written whole and read safely, also where trainer.plugins was replaced by a list without that.
+
+    Raises ValueError for a plugin that would write or read them otherwise: Lightning's reads pickles if told to.
+    """
+    given = trainer._accelerator_connector.checkpoint_io
+    if given is not None and not isinstance(given, AtomicCheckpointIO):
+        raise ValueError(
+            f"trainer.plugins has {type(given).__name__}, which writes and reads checkpoints otherwise than this "
+            f"project does (whole files, tensors and plain values alone): leave it out"
+        )
+    if given is None:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
 def expand(argv: Sequence[str]) -> list[str]:
     """Replace --exp, --ckpt and --official by what LightningCLI knows. Without --exp the line is left as it is.
 
     Processes of a distributed run are started again with the expanded line, so expanding twice must change nothing.
     """
-    argv = list(argv)
+    argv = [_long(word) for word in argv]
     experiment = _take(argv, "--exp")
     if experiment is None:
         return argv
@@ -105,6 +121,9 @@ def expand(argv: Sequence[str]) -> list[str]:
     if official:
         line += [f"--model.init_args.init_from={official}"]
     config = load_config(experiment, overlays=_overlays(argv), trusted=TRUST in argv)
+    for value in (word.partition("=")[2] for word in _joined(argv)):
+        if Path(value).suffix in (".yaml", ".yml") and Path(value).is_file():  # --trainer=FILE, --model=FILE
+            read_config(Path(value), trusted=TRUST in argv)
     check_keys([word for word in argv if word.startswith("--")], config, SECTIONS)
     line += match_classes(experiment, argv)
     commands = argv[:1] if argv and not argv[0].startswith("-") else []
@@ -120,11 +139,16 @@ def _resumed(experiment: str, wanted: str | None, job: str | None) -> list[str]:
     folder = recipes.RUNS / experiment / (job or "")
     if job and folder.exists() and not slurm.was_requeued():
         job = None
-    path = recipes.newest_whole(folder.glob("checkpoints/*.ckpt")) if job else None
+    saved = list(folder.glob("checkpoints/*.ckpt")) if job else []
+    path = recipes.newest_whole(saved)
+    if saved and path is None:
+        raise ValueError(
+            f"of the {len(saved)} checkpoints in '{folder}' none is whole, so the job does not go on, nor begins anew: "
+            f"submit it with another CKPT=, or remove that folder"
+        )
     if path is None and wanted:
         path = recipes.find_checkpoint(experiment, wanted)
-        if "loops" not in read_torch(path):
-            raise ValueError(f"{path} is of no run that could go on (CKPT=): give weights to start from with OFFICIAL=")
+        check_resumable(read_torch(path), path)
     version = job or (path and recipes.run_version(path, experiment))
     options = {"--ckpt_path": path, "--trainer.logger.init_args.version": version}
     return [f"{name}={value}" for name, value in options.items() if value]
@@ -166,6 +190,14 @@ def _null_inside(word: str) -> str:
     4.53 can read: it takes a null inside a dataclass for the text "null"."""
     match = re.fullmatch(r"(--(?:model|data)\.init_args(?:\.\w+)*\.(?!init_args\b)\w+)\.(\w+)=null", word)
     return f"{match[1]}={{{match[2]}: null}}" if match else word
+
+
+def _long(word: str) -> str:
+    """-c FILE, -cFILE and -c=FILE, LightningCLI's other names for --config."""
+    if not re.match("-c", word):
+        return word
+    file = word[2:].removeprefix("=")
+    return f"--config={file}" if file else "--config"
 
 
 def _overlays(argv: Sequence[str]) -> list[Path]:

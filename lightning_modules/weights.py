@@ -34,6 +34,10 @@ DAMAGED += (MemoryError,)  # for a size that is a lie
 EXPANSION, SMALL = 32, 2**26  # times its own size, or bytes, that the tensors of a file may have; weights are not views
 NAMED = re.compile(r".+-([0-9a-f]{8})\.pth")  # how torch.hub names a file by the beginning of its sha256
 
+# what a run goes on with, as Lightning stores it
+RESUMED = {"state_dict": Mapping, "optimizer_states": list, "lr_schedulers": list, "loops": Mapping}
+RESUMED |= {"callbacks": Mapping, "epoch": int, "global_step": int, "pytorch-lightning_version": str}
+
 CHECKERS = 8  # threads that compute checksums
 
 EMA_STATE = "EMA"  # key of the EMA callback's state in a checkpoint
@@ -105,6 +109,20 @@ def check_whole(path: str | Path) -> None:
     """Raise ValueError for a torch file that cannot be loaded, or not as it was written; FileNotFoundError for none."""
     read_torch(path)
     check_bytes(path)
+
+
+def check_resumable(content: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ValueError for a checkpoint of which a run cannot go on as it stood: something of it is not there."""
+    missing = [name for name, kind in RESUMED.items() if not isinstance(content.get(name), kind)]
+    if not missing and not content["optimizer_states"]:
+        missing = ["optimizer_states"]
+    if not missing and "epoch_loop.batch_progress" not in content["loops"].get("fit_loop", {}):
+        missing = ["loops"]
+    if missing:
+        raise ValueError(
+            f"{path} is of no run that could go on (CKPT=): it has no {missing[0]}; give weights to start from with "
+            f"OFFICIAL="
+        )
 
 
 def check_bytes(path: str | Path) -> None:

@@ -154,6 +154,18 @@ def test_longer_run_of_a_finished_one_is_the_longer_run(unbroken, tmp_path):
             assert_same(result(), expected)
 
 
+def test_a_milestone_is_gone_on_from_bit_for_bit(unbroken, tmp_path):
+    """Kept at the end of an epoch, between validations: its batches must not be counted anew."""
+    with chdir(tmp_path):
+        run("--milestones.every_n_epochs=1", "--trainer.max_steps=24")
+        (milestone,) = Path("runs/jit_digits/version_0/checkpoints").glob("epoch=0000.ckpt")
+        content = read_torch(milestone)
+        assert (content["global_step"], content["epoch"]) == (22, 0)
+        milestone.rename("kept.ckpt")
+        run("--ckpt", "kept.ckpt")
+        assert_same(result(), unbroken)
+
+
 def test_missing_checkpoint_is_an_error_and_nothing_starts(tmp_path):
     with chdir(tmp_path):
         for wanted in ("last", "nowhere.ckpt"):

@@ -107,6 +107,38 @@ def test_nor_can_an_option_or_a_file_that_an_option_names(line, stranger):
     assert not stranger()
 
 
+def test_no_plugin_of_a_file_reads_checkpoints_as_pickles(tmp_path, monkeypatch):
+    """Lightning's own would, where the file says weights_only: false as well."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state": Malicious()}, "evil.ckpt")
+    plugin = "trainer: {plugins: [{class_path: lightning.fabric.plugins.TorchCheckpointIO}]}"
+    for text, expected in (
+        (f"ckpt_path: evil.ckpt\nweights_only: false\n{plugin}", "TorchCheckpointIO, which writes and reads"),
+        ("ckpt_path: evil.ckpt\nweights_only: false\ntrainer: {plugins: []}", "holds more than tensors|damaged"),
+    ):
+        Path("mine.yaml").write_text(text)
+        for option in ("--config=mine.yaml", "-cmine.yaml"):
+            with pytest.raises(ValueError, match=expected):
+                main.cli([*FIT, *shrunken("jit_digits"), option])
+            assert not Path("trace").exists()
+
+
+def test_a_list_of_other_plugins_leaves_checkpoints_whole():
+    line = [*shrunken("jit_digits"), "--trainer.logger=false", "--trainer.plugins=[]"]
+    built = main.cli(["--exp", "jit_digits", *line], run=False)
+    assert isinstance(built.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+
+
+@pytest.mark.parametrize("option", ["--config=bomb.yaml", "-c=bomb.yaml", "-cbomb.yaml", "--trainer=bomb.yaml"])
+def test_no_option_reads_a_file_that_stands_for_millions_of_values(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 8)]
+    Path("bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="its anchors contain themselves, or stand for more"):
+        main.cli([*FIT, option])
+
+
 def test_trust_is_given_by_the_line(stranger, monkeypatch):
     """The whole of it: keys, classes of the data, the parser. A file cannot give it to itself."""
     from jsonargparse import _common

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from contextlib import chdir
 from pathlib import Path
@@ -10,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from datamodules.base import BatchData
 from experiments import main, recipes
 from experiments.errors import describe
 from experiments.main import expand
 from lightning_modules.callbacks import slurm
-from lightning_modules.callbacks.checkpoint import _cannot_write
+from lightning_modules.callbacks.checkpoint import LOCK, _cannot_write
 from lightning_modules.weights import read_torch
 from tests.lightning_modules.test_checkpoint import files_up_to, flip
 from tests.signals import option
@@ -199,4 +202,77 @@ def test_what_a_killed_writer_left_is_swept_and_accumulation_resumes_between_ste
 
         monkeypatch.setattr(main.LatestCheckpoint, "_save", noted)
         train("jit_digits", *accumulate, "--ckpt=last")
-        assert saved == [(3, 6)] and [path.name for path in folder.iterdir()] == ["step=0000003.ckpt"]
+        assert saved == [(3, 6)] and [path.name for path in folder.glob("[!.]*")] == ["step=0000003.ckpt"]
+        assert not list(folder.glob(".*.partial"))
+        resumed = recipes.find_checkpoint("jit_digits", "last").resolve()
+    (tmp_path / "whole").mkdir()
+    with chdir(tmp_path / "whole"):
+        train("jit_digits", *accumulate)
+        expected, actual = (read_torch(path)["callbacks"]["EMA"]["shadows"][0] for path in (newest(), resumed))
+        assert [name for name, tensor in expected.items() if not torch.equal(tensor, actual[name])] == []
+
+
+def newest() -> Path:
+    return recipes.find_checkpoint("jit_digits", "last")
+
+
+def test_a_job_whose_checkpoints_are_all_damaged_does_not_begin_anew(job, unbroken, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["fit", "--exp", "jit_digits", "--ckpt", str(unbroken)]
+    folder = Path("runs/jit_digits") / resumed(line)["--trainer.logger.init_args.version"]
+    own = folder / "checkpoints/step=0000003.ckpt"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(unbroken.read_bytes()[:1000])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"of the 1 checkpoints in .* none is whole"):
+        warnings.simplefilter("ignore")
+        expand(line)
+
+
+def test_a_signal_while_the_data_is_made_ready_saves_and_says_so(tmp_path, monkeypatch, capsys):
+    load = BatchData.train_dataloader
+
+    def stopped(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(self)
+
+    monkeypatch.setattr(BatchData, "train_dataloader", stopped)
+    with chdir(tmp_path), pytest.raises(SystemExit) as ended:
+        train("jit_digits", *STEPS)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "SIGTERM at step 1: saved" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_train_in_one_folder(unbroken, tmp_path):
+    version = tmp_path / "runs/jit_digits/version_0"
+    (version / "checkpoints").mkdir(parents=True)
+    file = version / "checkpoints" / unbroken.name
+    file.write_bytes(unbroken.read_bytes())
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(file.parent / LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with chdir(tmp_path), pytest.raises(ValueError, match="another process is training"):
+            train("jit_digits", *STEPS, "--ckpt=last", "--trainer.max_steps=6")
+        other.communicate(b"\n")
+    assert file.exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda content: content.pop("pytorch-lightning_version"), "no pytorch-lightning_version"),
+        (lambda content: content.update(optimizer_states=[]), "no optimizer_states"),
+        (lambda content: content["loops"].update(fit_loop={}), "no loops"),
+        (lambda content: content.update(epoch="x"), "no epoch"),
+        (lambda content: content["callbacks"]["EMA"].update(shadows=["x"] * 2), "has no average of"),
+        (lambda content: content["callbacks"]["EMA"]["shadows"][0].popitem(), "has no average of"),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_a_run_goes_on_with_is_named(spoil, named, unbroken, tmp_path):
+    content = read_torch(unbroken)
+    spoil(content)
+    torch.save(content, tmp_path / "odd.ckpt")
+    with chdir(tmp_path), pytest.raises(ValueError, match=named):
+        train("jit_digits", *STEPS, "--ckpt=odd.ckpt")

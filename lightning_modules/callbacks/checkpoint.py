@@ -1,10 +1,12 @@
 """Checkpoints that are whole or absent, whatever happens while one is written."""
 
+import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch
@@ -14,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules.paths import shown
 from lightning_modules.weights import check_bytes, existing, is_zip, read_torch, readable
 
+LOCK = ".lock"  # in the folder of a run's checkpoints: held while it trains
 PARTIAL = ".partial"  # suffix of a file that is being written, or was when its process was killed
 
 
@@ -69,8 +72,31 @@ def _flush_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that flush files alone
+            raise
     finally:
         os.close(folder)
+
+
+def _lock_folder(path: Path) -> IO[str] | None:
+    """Take a run's folder for this process, until it ends. None where the file system has no locks.
+
+    Raises ValueError if another process writes there: each would remove the other's checkpoints.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    file = (path / LOCK).open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(
+                f"another process is training in {shown(path.parent)}: wait for its end before you go on from there "
+                f"with CKPT=, or begin a run of its own without"
+            ) from error
+        return None
+    return file
 
 
 def _disk_fault(error: BaseException | None) -> OSError | None:
@@ -111,13 +137,21 @@ class LatestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.hold: Callable[[], bool] = lambda: False
+        self.newest = ""  # path of the last file that was written
         self._owed = False
+        self._lock: IO[str] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero:
+            self._lock = _lock_folder(Path(self.dirpath))
             for leftover in Path(self.dirpath).glob(f".*{PARTIAL}"):  # of a process that was killed while it wrote
                 leftover.unlink(missing_ok=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if self._lock:
+            self._lock.close()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -144,25 +178,47 @@ class LatestCheckpoint(ModelCheckpoint):
 
     def _save(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
-        resumed, newest = Path(trainer.ckpt_path or ""), Path(self.best_model_path)
+        self.newest = self.best_model_path  # which Lightning sets before the file is there
+        resumed, newest = Path(trainer.ckpt_path or ""), Path(self.newest)
         ours = resumed.match("step=*.ckpt") and resumed.resolve().parent == newest.resolve().parent
         if ours and resumed.resolve() != newest.resolve() and resumed.exists():
             trainer.strategy.remove_checkpoint(resumed)  # on rank zero only
 
 
 class MilestoneCheckpoint(ModelCheckpoint):
-    """Every `every_n_epochs` epochs; all are kept."""
+    """Every `every_n_epochs` epochs; all are kept.
+
+    Written when the epoch's last batch is done, as LatestCheckpoint writes: at the epoch's end, where Lightning would,
+    its loops stand elsewhere, and a run that goes on from there counts batches anew.
+    """
 
     def __init__(self, every_n_epochs: int = 100, dirpath: str | None = None) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"milestones.every_n_epochs is {every_n_epochs}: give 1 or more")
+        self.interval = every_n_epochs
         super().__init__(
             dirpath=dirpath,
             filename="epoch={epoch:04d}",
             auto_insert_metric_name=False,
             every_n_epochs=every_n_epochs,
             save_top_k=-1,
-            save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.is_last_batch and (trainer.current_epoch + 1) % self.interval == 0:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing, nor after validation: it is written already."""
+
+    on_validation_end = on_train_epoch_end
+
+
+def save_if_due(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Save the step that was just taken, if it is to be saved: before something that takes long, or may fail."""
+    if latest := latest_checkpoint(trainer):
+        latest.on_train_batch_end(trainer, pl_module, None, None, 0)
 
 
 def latest_checkpoint(trainer: L.Trainer) -> LatestCheckpoint | None:

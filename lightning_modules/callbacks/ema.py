@@ -51,9 +51,9 @@ class EMA(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start(pl_module)
-        self._last_step = trainer.global_step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last_step = trainer.global_step  # a resumed run's is known only now
         self._warn_if_short(trainer.estimated_stepping_batches)
 
     def start(self, pl_module: L.LightningModule) -> None:
@@ -67,9 +67,14 @@ class EMA(L.Callback):
                 raise ValueError(
                     f"EMA needs float32 weights and {name} is {param.dtype}: set --trainer.precision=bf16-mixed"
                 )
-        kept = dict(zip(self._restored["decays"], self._restored["shadows"], strict=True)) if self._restored else {}
+        stored = self._restored or {"decays": [], "shadows": []}
+        if len(stored["decays"]) != len(stored["shadows"]):
+            raise ValueError("the checkpoint's EMA has not one average for each decay: it is damaged; give another CKPT=")
+        kept = dict(zip(stored["decays"], stored["shadows"], strict=True))
         if missing := [decay for decay in self.decays if self._restored and decay not in kept]:
             raise ValueError(f"the checkpoint has no EMA of decay {missing[0]}, only {sorted(kept)}: set ema.decays so")
+        for decay, shadow in kept.items():
+            _check_kept(decay, shadow, params)
         self.shadows = [
             {n: piece_like(kept.get(decay, params)[n], p).to(p.device, copy=True) for n, p in params.items()}
             for decay in self.decays
@@ -140,6 +145,17 @@ class EMA(L.Callback):
     on_validation_start = on_test_start = on_predict_start = _swap_in
     on_validation_end = on_test_end = on_predict_end = _swap_out
     on_exception = _swap_out  # whatever is saved after an interrupt must be the raw weights
+
+
+def _check_kept(decay: float, shadow: Any, params: dict[str, Tensor]) -> None:
+    """Raise ValueError for a stored average that is not of these parameters."""
+    for name, param in params.items():
+        tensor = shadow.get(name) if isinstance(shadow, dict) else None
+        if not isinstance(tensor, Tensor) or tensor.shape != param.shape:
+            raise ValueError(
+                f"the checkpoint's EMA of decay {decay} has no average of {name} {tuple(param.shape)}: it is of "
+                f"another model, or damaged; give another CKPT="
+            )
 
 
 def averages(trainer: L.Trainer) -> EMA:

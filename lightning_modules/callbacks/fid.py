@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_modules.base import GenerativeModule
+from lightning_modules.callbacks.checkpoint import save_if_due
 from lightning_modules.callbacks.ema import averages
 from lightning_modules.evaluation import Evaluation
 from lightning_modules.extractors import make_extractor
@@ -52,7 +53,6 @@ class FID(L.Callback):
         """Missing weights or statistics are an error before the first step, not at the first evaluation."""
         if self.every_n_steps is None:
             return
-        self._done_at = trainer.global_step
         names = ["raw", *averages(trainer).names]
         if self.which not in (None, *names):
             raise ValueError(f"fid.weights is {self.which}: there are {', '.join(names)}")
@@ -81,12 +81,16 @@ class FID(L.Callback):
             text = f"{extractor.key} against {reference.path} (sha256 {reference.sha256}), {self.num_images} images"
             trainer.logger.experiment.add_text("val/statistics", text)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
+        self._done_at = trainer.global_step  # a resumed run's is known only now
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: GenerativeModule, *args: Any) -> None:
         step = trainer.global_step
         if self._evaluation is None or step == self._done_at:
             return
         if step % self.every_n_steps == 0 or step >= trainer.estimated_stepping_batches:
             self._done_at = step
+            save_if_due(trainer, pl_module)
             self.last = self._score(trainer, pl_module)
             values = {f"val/{name}": value for name, value in self.last.items()}
             pl_module.log_dict(values, batch_size=1, logger=False)

@@ -183,7 +183,7 @@ def largest(norms: Mapping[str, float]) -> str:
 def last_good(trainer: L.Trainer) -> str:
     """Which checkpoint a run that ends like this leaves behind, as a clause."""
     latest = latest_checkpoint(trainer)
-    path = latest and (latest.best_model_path or trainer.ckpt_path)
+    path = latest and (latest.newest or trainer.ckpt_path)
     return f"the last good checkpoint is {shown(path)}" if path else "no checkpoint was saved yet"
 
 

@@ -43,6 +43,9 @@ class Guard(L.Callback):
         self._last_step = trainer.global_step
         if latest := latest_checkpoint(trainer):
             latest.hold = lambda: self._finite.skipping(trainer)
+        if trainer.received_sigterm:  # while data was made ready, by Lightning's handler, which would end with 0
+            self._signal = self._signal or signal.SIGTERM
+            trainer._signal_connector.received_sigterm = False
         for number in {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, self._requeue_at or signal.SIGUSR1}:
             signal.signal(number, self._note)  # Lightning puts back what was there before the run
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_modules.base import GenerativeModule, to_uint8
+from lightning_modules.callbacks.checkpoint import save_if_due
 from lightning_modules.callbacks.ema import averages
 from lightning_modules.paths import run_folder
 from lightning_modules.pictures import enlarge, labels_in_turn, make_grid, save_png
@@ -45,11 +46,15 @@ class SampleGrid(L.Callback):
         self.last_picture: Path | None = None
         self._done_at = -1
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
+        self._done_at = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: GenerativeModule, *args: Any) -> None:
         step = trainer.global_step
         last = step >= trainer.estimated_stepping_batches
         if step != self._done_at and (last or step % self.every_n_steps == 0):
             self._done_at = step
+            save_if_due(trainer, pl_module)
             if trainer.is_global_zero or is_sharded(pl_module):
                 self._draw(trainer, pl_module)
 
