@@ -69,7 +69,7 @@ class EMA(L.Callback):
                 )
         stored = self._restored or {"decays": [], "shadows": []}
         if len(stored["decays"]) != len(stored["shadows"]):
-            raise ValueError("the checkpoint's EMA has not one average for each decay: it is damaged; give another CKPT=")
+            raise ValueError("the checkpoint's EMA has not one average for each decay: give another CKPT=")
         kept = dict(zip(stored["decays"], stored["shadows"], strict=True))
         if missing := [decay for decay in self.decays if self._restored and decay not in kept]:
             raise ValueError(f"the checkpoint has no EMA of decay {missing[0]}, only {sorted(kept)}: set ema.decays so")
