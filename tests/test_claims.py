@@ -17,7 +17,7 @@ from tests.test_claims_jetformer import TINY_FLOW, TINY_RECIPE
 from tests.test_claims_mar import TINY_HEAD, TINY_LOSS
 from tests.test_claims_rar import TINY_ORDERS
 
-QUICK = {"jit_toy", "jetformer_flow"}
+QUICK = {"jit_toy"}
 QUICK_FIRST = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ledger.CLAIMS]
 TINY = {
     "jit_toy": {

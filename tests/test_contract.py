@@ -106,9 +106,6 @@ def test_sampling_leaves_mode_and_global_random_state_alone(sampler):
 def test_label_out_of_range_names_value_and_range(sampler, label):
     with pytest.raises(ValueError, match=rf"label {label} is out of range.*0\.\.9"):
         sampler.sample([0, label])
-
-
-def test_no_labels_at_all_are_an_error(sampler):
     with pytest.raises(ValueError, match="there are no labels"):
         sampler.sample([])
 

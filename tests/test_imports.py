@@ -270,6 +270,7 @@ print(len(sys.argv) - 1)
 """
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_the_heavy_packages():
     """No torchvision, timm, torch-fidelity, datasets, scikit-learn or jsonargparse is needed before it is used."""
     modules = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in FILES]

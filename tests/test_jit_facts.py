@@ -113,6 +113,7 @@ def dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_network_compiles_without_a_graph_break_and_equals_eager(dynamo):
     net = tiny(depth=2).net
     compiled = torch.compile(net, fullgraph=True, backend="eager")
@@ -121,6 +122,7 @@ def test_network_compiles_without_a_graph_break_and_equals_eager(dynamo):
         assert torch.equal(compiled(*args), net(*args))
 
 
+@pytest.mark.slow
 def test_compiling_in_place_keeps_names_and_outputs(dynamo):
     module, args = tiny(depth=2), inputs()
     before = list(module.state_dict())

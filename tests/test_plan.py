@@ -60,6 +60,7 @@ def test_sampling_without_the_interval_takes_198_forwards():
     assert flops / 1e12 == pytest.approx(10.0, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["givt_digits", "jetformer_digits"])
 def test_a_causal_decode_is_counted_by_its_first_and_last_step(experiment):
     module = on_meta(experiment, "--model.init_args.net.depth=1", "--model.init_args.tokenizer.init_args.patch_size=4")
@@ -67,6 +68,7 @@ def test_a_causal_decode_is_counted_by_its_first_and_last_step(experiment):
     assert costs.sampling_flops(module) == plain > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("--model.init_args.sampling.method=euler",)])
 def test_counting_repeated_forwards_once_changes_nothing(overrides):
     module = on_meta("jit_digits", "--model.init_args.sampling.num_steps=4", *overrides)
@@ -99,6 +101,7 @@ def test_activations_are_those_that_a_real_step_saves():
     assert found.compiled < found.eager and found.weight_copies < 1e4, "float32 casts no weights"
 
 
+@pytest.mark.slow
 def test_outputs_of_a_head_in_chunks_are_not_kept():
     """They would be of a few images, which are a single chunk; what an image costs is what it adds to many."""
     sizes = ("net.width=64", "net.depth=1", "net.mlp_hidden=64", "flow.depth=2", "flow.width=64", "flow.block_depth=1")
@@ -166,6 +169,7 @@ def test_memory_adds_up_and_the_largest_batch_is_the_largest():
     assert len([name for name in two["state_bytes"] if name.startswith("EMA")]) == 3 and two["batch_per_device"] == 32
 
 
+@pytest.mark.slow
 def test_a_batch_beyond_the_card_does_not_fit():
     most = planned(gpu="rtx3090")["largest_batch_per_device"]
     steps = "--trainer.max_steps=1"

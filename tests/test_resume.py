@@ -66,7 +66,7 @@ def unbroken(tmp_path_factory):
         pytest.param(signal.SIGTERM, 3, "forward", marks=pytest.mark.slow),
         (signal.SIGTERM, 21, "forward"),  # the last step of the epoch
         pytest.param(signal.SIGINT, 22, "forward", marks=pytest.mark.slow),  # the first of the next
-        (signal.SIGINT, 10, "batch_end"),
+        pytest.param(signal.SIGINT, 10, "batch_end", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 16, "validation", marks=pytest.mark.slow),
     ],
 )
@@ -154,6 +154,7 @@ def test_longer_run_of_a_finished_one_is_the_longer_run(unbroken, tmp_path):
             assert_same(result(), expected)
 
 
+@pytest.mark.slow
 def test_a_milestone_is_gone_on_from_bit_for_bit(unbroken, tmp_path):
     """Kept at the end of an epoch, between validations: its batches must not be counted anew."""
     with chdir(tmp_path):

@@ -76,7 +76,8 @@ def test_two_ranks_with_two_workers_see_each_streamed_image_once(kind, request, 
     assert len(set(seen)) == len(seen) == TOTAL // 4 * 4, "none twice; only what fills no batch is left out"
 
 
-@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_resume_at_any_step_repeats_and_misses_none(parquet, tmp_path, streaming):
     options = {"streaming": streaming, "cache_dir": str(tmp_path), "flip": True}
     loader = make(parquet, **options).train_dataloader()

@@ -15,7 +15,7 @@ COMMON = {
     "deadline": None,  # guard.py measures the processor's time: the machine may be busy
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 }
-settings.register_profile("suite", max_examples=60, derandomize=True, **COMMON)
+settings.register_profile("suite", max_examples=30, derandomize=True, **COMMON)
 settings.register_profile("long", max_examples=10_000, print_blob=True, **COMMON)
 settings.load_profile(PROFILE)
 

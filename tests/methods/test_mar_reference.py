@@ -142,6 +142,7 @@ def test_mask_counts_are_those_that_are_drawn():
         assert drawn == set(module.mask_counts())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_head_s_step_is_compiled_once_for_all_numbers_of_rows(dynamo):
     """As `capture_sampling` prepares it, but for the capture, which needs CUDA."""
@@ -188,6 +189,7 @@ def test_graphed_trunk_and_head_give_the_same_samples_and_know_their_shapes():
     assert capture.captured > made
 
 
+@pytest.mark.slow
 def test_compiled_sampling_prepares_trunk_and_head():
     module = tiny()
     module.prepare_sampling(compile=True)
