@@ -1,5 +1,6 @@
-"""Settings of the fuzz tests. In the suite a few dozen examples per reader, always the same ones; 10,000, other ones
-each time, with `HYPOTHESIS_PROFILE=long make test ARGS=tests/fuzz`."""
+"""Settings of the fuzz tests. In the suite a few dozen examples per test, always the same ones; 10,000, other ones each
+time, with `HYPOTHESIS_PROFILE=long make test ARGS=tests/fuzz`, about an hour of a core (FUZZ_CASES= for another number;
+each reader has several tests)."""
 
 import os
 import resource
@@ -16,7 +17,7 @@ COMMON = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 }
 settings.register_profile("suite", max_examples=30, derandomize=True, **COMMON)
-settings.register_profile("long", max_examples=10_000, print_blob=True, **COMMON)
+settings.register_profile("long", max_examples=int(os.environ.get("FUZZ_CASES", "10000")), print_blob=True, **COMMON)
 settings.load_profile(PROFILE)
 
 
