@@ -253,7 +253,7 @@ def ema_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
     None if the run kept no average.
     """
-    state = checkpoint.get("callbacks", {}).get(EMA_STATE)
+    state = (checkpoint.get("callbacks") or {}).get(EMA_STATE)
     return state if state and state["decays"] else None
 
 

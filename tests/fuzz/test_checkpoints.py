@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -113,6 +113,7 @@ def test_files_that_are_none(data, tmp_path):
 WITHOUT_ARGUMENTS = {key: value for key, value in OURS.items() if key != "hyper_parameters"}
 
 
+@example(content=WITHOUT_ARGUMENTS | {"callbacks": None}, kept=True)  # found by an hour of it
 @given(content=mutated_tree(WITHOUT_ARGUMENTS, values=SCALARS | st.just(torch.zeros(2))), kept=st.booleans())
 def test_contents_of_our_checkpoints(content, kept, tmp_path):
     arguments = OURS["hyper_parameters"] if kept else ["net"]
