@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,10 @@ def train(folder: Path, strategy: str, experiments: Sequence[str], *overrides: s
     """Train each recipe in `folder`, which may hold runs to go on from; `overrides` follow the recipe's."""
     folder.mkdir(exist_ok=True)
     line = [sys.executable, "-m", "tests.processes", *experiments, "--", *STRATEGIES[strategy], *overrides]
+    if strategy == "one":  # here, which saves a start
+        with chdir(folder):
+            run(experiments, overrides)
+        return [result(folder, experiment) for experiment in experiments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -103,14 +108,13 @@ def dropouts(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def run() -> None:
-    """Train the recipes that the command line names, with its overrides."""
-    cut = sys.argv.index("--")
-    experiments, overrides = sys.argv[1:cut], sys.argv[cut + 1 :]
-    main.quiet()
+def run(experiments: Sequence[str], overrides: Sequence[str]) -> None:
+    """Train these recipes, one after another."""
     for experiment in experiments:
         main.cli(["fit", "--exp", experiment, *shrunken(experiment), *overrides])
 
 
 if __name__ == "__main__":
-    run()
+    cut = sys.argv.index("--")
+    main.quiet()
+    run(sys.argv[1:cut], sys.argv[cut + 1 :])

@@ -34,6 +34,7 @@ GIVT = TINY | {"model.init_args.tokenizer.init_args.image_size": 8}
 JETFORMER = jetformer.TINY | jetformer.TINY_OF["jetformer_digits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "settings", "parts"),
     [("givt_digits", GIVT, 4), ("givt_maskgit_digits", GIVT, 3), ("jetformer_digits", JETFORMER, 6)],

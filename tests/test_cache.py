@@ -190,6 +190,7 @@ def killed(write_all, call_name, count, *, before):
 REPLACED = 12  # files of a run: the plan, five shards with their notes, meta.json
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call_name", "before", "first"),
     [

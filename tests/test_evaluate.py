@@ -128,6 +128,7 @@ def test_processes_draw_the_same_bytes_and_figures(folder, plain, processes, tmp
     assert len(figures) > 6 and {name: row[name] for name in figures} == pytest.approx(figures, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [7, 100])
 def test_batch_size_moves_no_pixel_by_more_than_one_level(folder, plain, size, tmp_path):
     with chdir(folder):
@@ -189,6 +190,7 @@ def test_one_process_of_torchrun_is_part_of_its_world(monkeypatch):
     assert (asked["devices"], asked["num_nodes"], asked["strategy"]) == (2, 2, "ddp")
 
 
+@pytest.mark.slow
 def test_sweep_chooses_the_best_pair_and_plots(folder, tmp_path, capsys):
     line = [*SCORED[:-1], "30", "--cfg", "1:2:1", "--ema", "0.995,raw", "--final", "40", "--out", str(tmp_path)]
     with chdir(folder):

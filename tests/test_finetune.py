@@ -55,6 +55,7 @@ def test_another_number_of_classes_names_the_cure_and_trains_nothing(tmp_path):
         assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_from_a_checkpoint_of_ours(tmp_path):
     with chdir(tmp_path):
         fit("--model.init_args.init_classes=new", "--model.init_args.optim.warmup_steps=0")

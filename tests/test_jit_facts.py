@@ -77,6 +77,7 @@ def test_one_forward_costs_the_published_flops(experiment):
     assert count_flops(lambda: net(x, t, labels)) == pytest.approx(2e9 * SIZES[experiment][1], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("experiment", "gflops"), [("jit", 50.45), ("jit_l16", 175.89)])
 def test_one_forward_costs_the_flops_counted_on_the_official_code(experiment, gflops):
     net = on_meta(experiment).net

@@ -63,6 +63,7 @@ def fit(overrides, *extra):
     return cli(["fit", "--exp", "mar", f"--config={SMOKE}", *overrides, *smoke, *extra])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_no_frozen_tokenizer_and_loads_with_it(trained):
     with chdir(trained):
         path = recipes.find_checkpoint("mar", "last")

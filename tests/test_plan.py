@@ -53,6 +53,7 @@ def test_parameters_and_flops_are_the_published_ones(experiment):
     assert costs.sampling_flops(module) / 1e12 == pytest.approx(sampling, abs=0.05)
 
 
+@pytest.mark.slow
 def test_sampling_without_the_interval_takes_198_forwards():
     module = on_meta("jit", "model.init_args.sampling.cfg_interval=[0.0, 1.0]")
     flops = costs.sampling_flops(module)
@@ -77,6 +78,7 @@ def test_counting_repeated_forwards_once_changes_nothing(overrides):
     assert count_flops(lambda: module.sample([0])) == plain, "the module is as it was"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["jit", pytest.param("jit_l16", marks=pytest.mark.slow)])
 def test_activations_are_near_the_formula(experiment):
     """17 bf16 tensors of tokens x width per block, as the estimate of the performance notes has it."""

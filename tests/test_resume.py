@@ -127,6 +127,7 @@ def test_interrupts_at_the_ends_of_epochs(tmp_path):
         assert_same(result(), expected)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(unbroken, tmp_path):
     line = [sys.executable, "-m", "experiments.main", "fit", "--exp", "jit_digits", *SMALL]
     line += ["--trust-config", option(17, signal.SIGKILL)]  # of the tests' own callback

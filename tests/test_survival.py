@@ -123,6 +123,7 @@ def test_a_requeue_that_is_refused_says_what_to_do(job, tmp_path, monkeypatch):
     assert "No such file" in slurm.requeue() and "submit it again" in slurm.requeue()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_with_one_line_and_the_checkpoint_of_before(unbroken, tmp_path, capsys):
     with chdir(tmp_path):
         train("jit_digits", *STEPS, "--trainer.max_steps=2")

@@ -159,6 +159,7 @@ def test_a_cache_gives_the_tokens_that_the_images_give(patch, released, tmp_path
     assert draws[0].shape[1:] == (module.tokenizer.seq_len, module.tokenizer.token_dim)
 
 
+@pytest.mark.slow
 def test_a_trained_one_and_its_export_are_weights_of_a_tokenizer(tmp_path):
     with chdir(tmp_path):
         cli(["fit", "--exp", "vae_givt", *shrunken("vae_givt")])

@@ -119,6 +119,7 @@ def test_an_image_tokenizer_is_refused():
         LabelMapAutoencoderModule(PixelTokenizer(16, 4))
 
 
+@pytest.mark.slow
 def test_an_exported_stage_1_is_the_tokenizer_of_stage_2(tmp_path):
     """By the command line: train, export, train on what was exported; the checkpoint of stage 2 holds no copy."""
     arch = [f"--{key}={value}" for key, value in TINY.items() if ".tokenizer.init_args.arch." in key]

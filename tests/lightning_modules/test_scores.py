@@ -76,6 +76,7 @@ def test_frechet_distance_against_scipy(rows):
     assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(wanted, rel=1e-5 if rows < 64 else 1e-10)
 
 
+@pytest.mark.slow
 def test_all_figures_against_torch_fidelity():
     """Its Inception, kernel and neighbour figures, on its own defaults, of features that are nothing special."""
     isc, fid, kid, prc = (pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("isc", "fid", "kid", "prc"))

@@ -76,6 +76,7 @@ def trained(head: Head) -> tuple[Head, list[float]]:
     return head, losses
 
 
+@pytest.mark.slow
 def test_flow_head_learns_both_of_two_tokens():
     head, _ = trained(FlowHead(2, 1, width=32, depth=1))
     with torch.no_grad():
@@ -85,6 +86,7 @@ def test_flow_head_learns_both_of_two_tokens():
     assert 0.35 < (out[:, 0] > 0).float().mean() < 0.65
 
 
+@pytest.mark.slow
 def test_diffusion_head_learns_the_noise():
     """Samples need a longer fit: the first reverse step multiplies an error by hundreds."""
     _, losses = trained(DiffusionHead(2, 1, width=32, depth=1))
