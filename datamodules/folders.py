@@ -189,6 +189,8 @@ def unusable(path: str) -> str:
         status = os.stat(path)
     except OSError as error:
         return "broken link" if os.path.islink(path) else error.strerror
+    except ValueError as error:  # a zero byte, half a character
+        return f"no name of a file ({error})"
     if not stat.S_ISREG(status.st_mode):
         return "no regular file"
     return "" if status.st_size else "empty"

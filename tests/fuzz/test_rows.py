@@ -72,6 +72,7 @@ def test_lines_of_json(data, pictures):
     check_metadata(pictures, "metadata.jsonl", data)
 
 
+@example(lines=[{**LINES[0], "file_name": "\0"}, *LINES[1:]])
 @given(lines=mutated_tree(LINES))
 def test_values_of_json(lines, pictures):
     check_metadata(pictures, "metadata.jsonl", jsonl(lines))
