@@ -5,7 +5,7 @@ import json
 import tarfile
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from datamodules.image_rows import ImageRows
