@@ -110,7 +110,6 @@ def exact(process: Nomad, x_t: Tensor) -> tuple[Tensor, Tensor]:
     return x, torch.cat([x, steps], dim=-1)
 
 
-@pytest.mark.slow
 def test_flow_makes_two_points_of_what_is_one_heap_without_it():
     """1-D data +-1, three steps, exact denoiser: the last copy, of signal 0.87, has two modes, a plain draw one."""
     torch.manual_seed(0)
