@@ -6,11 +6,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
+    import torch  # here, because the process that only hands tests to others needs none
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -22,7 +23,3 @@ LONG += ("test_survival", "test_jit_facts", "test_claims")
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
-
-def pytest_configure(config):
-    torch.set_num_threads(1)

@@ -89,7 +89,7 @@ def parsed(module: str, arguments: list[str]) -> tuple[argparse.Namespace, list[
 def training_line(arguments: list[str]) -> tuple[str, list[str]]:
     """Experiment and overrides of a line for experiments.main."""
     command, *rest = [word for word in arguments if word != TRUST]
-    assert command in main.CLI.subcommands()
+    assert command in main.COMMANDS
     ours = {rest[i]: rest[i + 1] for i in range(len(rest)) if rest[i] in ("--exp", "--ckpt", "--official")}
     return ours["--exp"], [word for word in rest if word not in {*ours, *ours.values()}]
 
