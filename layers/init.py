@@ -17,6 +17,8 @@ def lecun_normal_(weight: Tensor) -> Tensor:
     weight (out, in) of a linear map or (out, in, h, w) of a convolution. By the inverse distribution function, because
     torch's own draws again what fell outside, which fake tensors cannot.
     """
+    if weight.is_meta:  # a shape alone, for which these four operations take longer than the rest of a model
+        return weight
     sigma = 1 / (math.sqrt(weight[0].numel()) * TRUNCATED_STD)
     inside = math.erf(TRUNCATED_AT / math.sqrt(2))
     normal = weight.uniform_(-inside, inside).erfinv_().mul_(math.sqrt(2))

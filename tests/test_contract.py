@@ -74,7 +74,9 @@ def test_one_batch_is_learnt(built):
         value = loss()
         value.backward()
         optimizer.step()
-    assert value.item() < 0.6 * first
+        if value.item() < 0.6 * first:
+            return
+    pytest.fail(f"from {first} the loss fell to {value.item()} in 60 steps")
 
 
 def test_samples_have_shape_range_and_follow_the_seed(sampler):
