@@ -365,8 +365,8 @@ def test_mistake(entry, line, value, reason, cure, folder, capsys):
         shutil.rmtree("runs", ignore_errors=True)
 
 
-def make(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *words, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+def make(*words: str, python: str = sys.executable) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *words, f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_make_without_experiment_says_so():
@@ -374,9 +374,23 @@ def test_make_without_experiment_says_so():
     assert done.returncode != 0 and "EXP is missing" in done.stderr
 
 
-def test_make_passes_values_and_exit_codes_on():
-    done = make("sample", "EXP=jit_digit", "CKPT=last")
-    assert done.returncode != 0 and "did you mean jit_digits" in done.stderr
+def test_make_passes_values_and_exit_codes_on(tmp_path):
+    python = tmp_path / "python"  # says what it is given, and fails
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\necho "error: mine" >&2\nexit 2\n')
+    python.chmod(0o755)
+    done = make("sample", "EXP=jit_digits", "CKPT=a b.ckpt", "LABELS=1,0", "OUT=out/", python=str(python))
+    module, *given = done.stdout.splitlines()[1:]
+    assert done.stdout.startswith("-m\n") and module == "experiments.sample"
+    options = dict(zip(given[::2], given[1::2], strict=True))
+    assert options == {
+        "--exp": "jit_digits",
+        "--ckpt": "a b.ckpt",
+        "--labels": "1,0",
+        "--num": "64",
+        "--seed": "0",
+        "--out": "out/",
+    }
+    assert done.returncode == 2 and "error: mine" in done.stderr and "Error 2" in done.stderr
 
 
 def test_make_help_explains_every_target():

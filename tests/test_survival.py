@@ -41,7 +41,8 @@ def weights(path) -> dict[str, torch.Tensor]:
 
 
 def same(one, other) -> bool:
-    return all(torch.equal(weights(one)[name], tensor) for name, tensor in weights(other).items())
+    found = weights(one)
+    return all(torch.equal(found[name], tensor) for name, tensor in weights(other).items())
 
 
 @pytest.fixture(scope="module")
