@@ -100,14 +100,20 @@ def assignments(command: Command) -> tuple[str, dict[str, str]]:
     return targets[0], given
 
 
+def make(*words: str, python: str = sys.executable) -> subprocess.CompletedProcess:
+    """make as it is started from a shell: without what a make that runs the tests hands on."""
+    handed_on = ("ARGS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    environment = {name: value for name, value in os.environ.items() if name not in handed_on}
+    line = ["make", *words, f"PYTHON={python}"]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+
+
 @functools.cache
 def lines(command: Command) -> list[list[str]]:
     """The Python command lines that a command comes to, each as module and arguments; of make, by a dry run."""
     words = command.words
     if "make" in words[:3]:
-        make = ["make", "-n", *words[words.index("make") + 1 :], f"PYTHON={sys.executable}"]
-        outside = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MFLAGS")}
-        done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False, env=outside)
+        done = make("-n", *words[words.index("make") + 1 :])
         assert done.returncode == 0, f"{command.text}: {done.stderr}"
         split = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
     else:

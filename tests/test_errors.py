@@ -6,8 +6,6 @@ and the cure. What only a file's content can be wrong in, is in tests/fuzz and t
 
 import shlex
 import shutil
-import subprocess
-import sys
 from contextlib import chdir
 from pathlib import Path
 
@@ -20,9 +18,9 @@ from benchmarks import bench
 from experiments import cache, caption, evaluate, export, main, measure_latents, plan, probe, recipes, sample, stats
 from experiments import sweep as sweeping
 from tests import smoke
+from tests.documents import make
 from tests.smoke import call, shrunken
 
-ROOT = Path(__file__).parents[1]
 DIGITS = "fit --exp jit_digits "
 
 
@@ -365,10 +363,6 @@ def test_mistake(entry, line, value, reason, cure, folder, capsys):
         shutil.rmtree("runs", ignore_errors=True)
 
 
-def make(*words: str, python: str = sys.executable) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *words, f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True)
-
-
 def test_make_without_experiment_says_so():
     done = make("train")
     assert done.returncode != 0 and "EXP is missing" in done.stderr
@@ -379,10 +373,9 @@ def test_make_passes_values_and_exit_codes_on(tmp_path):
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\necho "error: mine" >&2\nexit 2\n')
     python.chmod(0o755)
     done = make("sample", "EXP=jit_digits", "CKPT=a b.ckpt", "LABELS=1,0", "OUT=out/", python=str(python))
-    module, *given = done.stdout.splitlines()[1:]
-    assert done.stdout.startswith("-m\n") and module == "experiments.sample"
-    options = dict(zip(given[::2], given[1::2], strict=True))
-    assert options == {
+    given = done.stdout.splitlines()
+    assert dict(zip(given[::2], given[1::2], strict=True)) == {
+        "-m": "experiments.sample",
         "--exp": "jit_digits",
         "--ckpt": "a b.ckpt",
         "--labels": "1,0",
