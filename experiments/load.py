@@ -61,7 +61,7 @@ def read_config(path: Path, *, trusted: bool = False) -> dict[str, Any]:
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ValueError(f"'{path}' holds {config!r:.60}, expected sections such as model: and data:")
     if not trusted:
-        for class_path in _class_paths(config):
+        for class_path in class_paths(config):
             if "." in str(class_path) and not is_known(class_path):  # Lightning's own have short names as well
                 raise ValueError(f"'{path}' names {untrusted(class_path)}")
     return config
@@ -188,16 +188,16 @@ def _build(value: Any, hint: Any, where: str, trusted: bool) -> Any:
     return value
 
 
-def _class_paths(value: Any) -> Iterator[Any]:
+def class_paths(value: Any) -> Iterator[Any]:
     """Every `class_path` of a configuration, at any depth."""
     if isinstance(value, dict):
         if "class_path" in value:
             yield value["class_path"]
         for inner in value.values():
-            yield from _class_paths(inner)
+            yield from class_paths(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _class_paths(inner)
+            yield from class_paths(inner)
 
 
 @lru_cache(256)  # a command reads the same recipe several times, in pure Python, as libyaml crashes on deep nesting

@@ -16,13 +16,13 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from datamodules.base import BatchData
 from experiments import recipes
 from experiments.errors import ArgumentError, one_line_errors
 from experiments.keys import check_keys
-from experiments.load import PACKAGES, TRUST, find_class, instantiate, load_config, read_config, untrusted
+from experiments.load import PACKAGES, TRUST, class_paths, find_class, instantiate, load_config, read_config, untrusted
 from lightning_modules.base import GenerativeModule
 from lightning_modules.callbacks import slurm
 from lightning_modules.callbacks.checkpoint import AtomicCheckpointIO, LatestCheckpoint, MilestoneCheckpoint
@@ -54,7 +54,19 @@ class Parser(LightningArgumentParser):
     """What it dumps is what it has parsed, so it is not validated again: a third of a second of each start."""
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
+        if "skip_none" in kwargs:  # as Lightning says it, of which jsonargparse 4.53 warns
+            kwargs["skip_unset"] = kwargs.pop("skip_none")
         return super().dump(*args, **{**kwargs, "skip_validation": True})
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes a run's config.yaml once it trains: a command that does not, or that is refused, changes none."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class CLI(LightningCLI):
@@ -84,14 +96,21 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str] | None) -> None:
         from jsonargparse import set_parsing_settings
 
-        if TRUST not in self.line:  # for the rest of the process: objects are made after parsing, by the same names
-            set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(PACKAGES))
+        trusted = TRUST in self.line
+        if not trusted:  # for the rest of the process: objects are made after parsing, by the same names
+            set_parsing_settings(
+                import_path_denylist=["*"],
+                import_path_allowlist=list(PACKAGES),
+                instantiate_subclass_spec_in_any=False,
+            )
         try:
             self.config = parser.parse_args([word for word in self.line if word != TRUST])
         except ArgumentError as error:
             if denied := re.search(r"Importing '([^']*)' is not allowed", str(error)):
                 raise ValueError(f"the configuration names {untrusted(denied[1])}") from error
             raise
+        for class_path in () if trusted else class_paths(self.config.as_dict()):
+            find_class(class_path, "the configuration's")  # classes alone: a function can do anything, and is called
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -232,17 +251,18 @@ def _joined(argv: Sequence[str]) -> list[str]:
 
 
 def _take(argv: list[str], flag: str) -> str | None:
-    """Remove `flag VALUE` or `flag=VALUE` from the line; its value, None if absent or empty."""
+    """Remove `flag VALUE` or `flag=VALUE` from the line; its value, None if absent.
+
+    Raises ValueError for an empty one: without the checkpoint that was meant, a run would begin from scratch.
+    """
     for i, word in enumerate(argv):
-        if word == flag:
-            if i + 1 >= len(argv):
-                raise ValueError(f"{flag} needs a value")
-            value = argv[i + 1]
-            del argv[i : i + 2]
-            return value or None
-        if word.startswith(f"{flag}="):
-            del argv[i]
-            return word.partition("=")[2] or None
+        name, separator, value = word.partition("=")
+        if name == flag:
+            value = value if separator else "".join(argv[i + 1 : i + 2])
+            if not value:
+                raise ValueError(f"{flag} needs a value, or is to be left out")
+            del argv[i : i + (1 if separator else 2)]
+            return value
     return None
 
 
@@ -253,6 +273,7 @@ def cli(argv: Sequence[str] | None = None, *, run: bool = True) -> CLI:
         L.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         auto_configure_optimizers=False,

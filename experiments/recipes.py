@@ -41,11 +41,11 @@ def find_checkpoint(experiment: str, wanted: str) -> Path:
     """
     if wanted != "last":
         return _whole(Path(wanted), experiment)
-    found = newest_whole((RUNS / experiment).glob("*/checkpoints/*.ckpt"))
+    folder = RUNS / experiment
+    # a run without a logger has no folder of its own
+    found = newest_whole([*folder.glob("*/checkpoints/*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
     if found is None:
-        raise FileNotFoundError(
-            f"no checkpoint in '{RUNS / experiment}' (CKPT=last): train first, make train EXP={experiment}"
-        )
+        raise FileNotFoundError(f"no checkpoint in '{folder}' (CKPT=last): train first, make train EXP={experiment}")
     return found
 
 

@@ -116,7 +116,8 @@ def check_resumable(content: Mapping[str, Any], path: str | Path) -> None:
     missing = [name for name, kind in RESUMED.items() if not isinstance(content.get(name), kind)]
     if not missing and not content["optimizer_states"]:
         missing = ["optimizer_states"]
-    if not missing and "epoch_loop.batch_progress" not in content["loops"].get("fit_loop", {}):
+    loop = None if missing else content["loops"].get("fit_loop")
+    if not missing and not (isinstance(loop, Mapping) and "epoch_loop.batch_progress" in loop):
         missing = ["loops"]
     if missing:
         raise ValueError(

@@ -78,3 +78,10 @@ def test_recipes_can_only_name_classes_of_the_project_and_lightning():
 def test_tiny_names_only_keys_that_exist():
     config = load_config("jit", [f"{key}={value}" for key, value in tiny("jit").items()], overlays=[SMOKE])
     assert config["model"]["init_args"]["net"]["width"] == tiny("jit")["model.init_args.net.width"]
+
+
+def test_a_configuration_is_dumped_without_a_remark(recwarn):
+    """`python -m experiments.main` would show it at every start."""
+    built = cli(["--exp", "jit_digits", *shrunken("jit_digits")], run=False)
+    assert "jit_digits" in built.parser.dump(built.config, skip_none=False)
+    assert [w for w in recwarn if "skip_none" in str(w.message)] == []

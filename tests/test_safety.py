@@ -123,6 +123,28 @@ def test_no_plugin_of_a_file_reads_checkpoints_as_pickles(tmp_path, monkeypatch)
             assert not Path("trace").exists()
 
 
+CALLS = "{class_path: lightning.fabric.utilities.cloud_io._load, init_args: {path_or_url: evil.ckpt, weights_only: no}}"
+BAR = "lightning.pytorch.callbacks.RichProgressBar"
+METHOD = "{class_path: lightning.LightningDataModule.load_from_checkpoint, init_args: {checkpoint_path: evil.ckpt}}"
+FUNCTIONS = [
+    f"trainer: {{callbacks: [{{class_path: {BAR}, init_args: {{console_kwargs: {{stderr: {CALLS}}}}}}}]}}",
+    f"trainer: {{callbacks: [{{class_path: LambdaCallback, init_args: {{on_fit_start: {CALLS}}}}}]}}",
+    f"trainer: {{logger: {{class_path: CSVLogger, init_args: {{save_dir: {CALLS}}}}}}}",
+    f"data: {METHOD}",
+]
+
+
+@pytest.mark.parametrize("text", FUNCTIONS)
+def test_a_configuration_calls_no_function(text, tmp_path, monkeypatch):
+    """Where a constructor takes anything, jsonargparse would build what is named there, also by calling a function."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state": Malicious()}, "evil.ckpt")
+    Path("mine.yaml").write_text(text)
+    with pytest.raises((ValueError, main.ArgumentError)):
+        main.cli([*FIT, *shrunken("jit_digits"), "--config=mine.yaml"])
+    assert not Path("trace").exists()
+
+
 def test_a_list_of_other_plugins_leaves_checkpoints_whole():
     line = [*shrunken("jit_digits"), "--trainer.logger=false", "--trainer.plugins=[]"]
     built = main.cli(["--exp", "jit_digits", *line], run=False)

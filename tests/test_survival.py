@@ -117,6 +117,20 @@ def test_a_task_of_an_array_requeues_itself_alone(job, monkeypatch):
     assert slurm.requeue() == "job 70_5 is requeued" and job.read_text() == "requeue 70_5\n"
 
 
+def test_the_signal_before_the_time_limit_is_heard_before_the_first_step(job, tmp_path, monkeypatch):
+    prepare = BatchData.train_dataloader
+
+    def signalled(self):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return prepare(self)
+
+    monkeypatch.setattr(BatchData, "train_dataloader", signalled)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "")
+    with chdir(tmp_path), pytest.raises(SystemExit) as stopped:
+        train("jit_digits", *STEPS)
+    assert stopped.value.code == 128 + signal.SIGUSR1 and job.read_text() == "requeue 77\n"
+
+
 def test_a_requeue_that_is_refused_says_what_to_do(job, tmp_path, monkeypatch):
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'not allowed' >&2\nexit 1\n")
     assert slurm.requeue() == "it is not requeued (scontrol requeue 77: not allowed), so submit it again"
@@ -214,6 +228,57 @@ def test_what_a_killed_writer_left_is_swept_and_accumulation_resumes_between_ste
         assert [name for name, tensor in expected.items() if not torch.equal(tensor, actual[name])] == []
 
 
+@pytest.mark.parametrize(("where", "equal"), [("batch_end", True), ("validation", False)])
+def test_a_run_that_is_told_to_stop_saves_its_last_step(where, equal, unbroken, tmp_path, monkeypatch):
+    """By trainer.max_time, or a callback. What is said in validation comes too late for a file within the epoch."""
+    monkeypatch.chdir(tmp_path)
+    train("jit_digits", *STEPS, "--checkpoint.every_n_train_steps=100", option(2, 0, where))
+    assert read_torch(newest())["global_step"] == 2
+    resumed = train("jit_digits", *STEPS, "--ckpt=last")
+    assert resumed.trainer.global_step == 4 and (same(newest(), unbroken) or not equal)
+
+
+def test_a_checkpoint_does_not_say_what_is_removed(unbroken, tmp_path, monkeypatch):
+    """Lightning's remembers a path, and removes whatever lies there, recursively, at the next save."""
+    monkeypatch.chdir(tmp_path)
+    Path("victim").mkdir()
+    (tmp_path / "victim/step=1.ckpt").touch()
+    for victim in (f"local://{tmp_path}/victim", str(tmp_path / "victim/step=1.ckpt")):
+        content = read_torch(unbroken)
+        (name,) = (key for key in content["callbacks"] if key.startswith("LatestCheckpoint"))
+        content["callbacks"][name]["best_model_path"] = victim
+        torch.save(content, "other.ckpt")
+        train("jit_digits", *STEPS, "--trainer.max_steps=5", "--ckpt=other.ckpt")
+        assert Path("victim/step=1.ckpt").exists() and Path("other.ckpt").exists()
+
+
+def test_runs_without_a_logger_go_on_and_a_trial_saves_nothing(unbroken, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train("jit_digits", *STEPS, "--trainer.fast_dev_run=true")
+    assert not [path for path in Path("runs").rglob("*") if path.suffix != ".png" and path.is_file()]
+    train("jit_digits", *STEPS, "--trainer.logger=false", "--trainer.max_steps=2")
+    Path("linked.ckpt").symlink_to(newest())
+    train("jit_digits", *STEPS, "--trainer.logger=false", "--ckpt=linked.ckpt")
+    (last,) = Path("runs/jit_digits/checkpoints").glob("*.ckpt")
+    assert newest() == last and same(last, unbroken)
+
+
+def test_only_a_run_that_trains_changes_its_configuration(unbroken, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train("jit_digits", *STEPS, "--trainer.max_steps=2")
+    (file,) = Path("runs/jit_digits").glob("*/config.yaml")
+    written = file.read_text()
+    assert "max_steps: 2" in written
+    main.cli(["validate", "--exp", "jit_digits", *shrunken("jit_digits"), "--ckpt=last", "--trainer.max_steps=3"])
+    content, path = read_torch(newest()), newest()
+    content["state_dict"].popitem()
+    path.unlink()  # what was read of it is mapped
+    torch.save(content, path)
+    with pytest.raises((ValueError, RuntimeError)):
+        train("jit_digits", *STEPS, "--ckpt=last")
+    assert file.read_text() == written
+
+
 def newest() -> Path:
     return recipes.find_checkpoint("jit_digits", "last")
 
@@ -267,6 +332,7 @@ def test_two_processes_do_not_train_in_one_folder(unbroken, tmp_path):
         (lambda content: content.pop("pytorch-lightning_version"), "no pytorch-lightning_version"),
         (lambda content: content.update(optimizer_states=[]), "no optimizer_states"),
         (lambda content: content["loops"].update(fit_loop={}), "no loops"),
+        (lambda content: content["loops"].update(fit_loop=None), "no loops"),
         (lambda content: content.update(epoch="x"), "no epoch"),
         (lambda content: content["callbacks"]["EMA"].update(shadows=["x"] * 2), "has no average of"),
         (lambda content: content["callbacks"]["EMA"]["shadows"][0].popitem(), "has no average of"),

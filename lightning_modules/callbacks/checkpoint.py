@@ -4,7 +4,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,11 +30,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self._loads = False
+        self._keeps = False
+        self.failure: Exception | None = None
+
+    @contextmanager
+    def keeping_failures(self) -> Iterator[None]:
+        """Inside, what goes wrong is kept as `failure` and not raised."""
+        self._keeps, self.failure = True, None
+        try:
+            yield
+        finally:
+            self._keeps = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Raises OSError for a disk that is full or fails, and ValueError for a file that reads back otherwise than it
         was written; then nothing is left of it, and the checkpoints of before are untouched."""
-        path = Path(path)
+        try:
+            self._save(checkpoint, Path(path))
+        except Exception as error:
+            if not self._keeps:
+                raise
+            self.failure = error
+
+    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
         partial = path.with_name(f".{path.name}{PARTIAL}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +77,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = existing(path)
         with readable(path):
             return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=is_zip(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """One file, as this writes them. Lightning's would remove whole folders, and takes names from checkpoints."""
+        path = Path(path)
+        if path.suffix == ".ckpt" and path.is_file():
+            path.unlink()
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
@@ -119,11 +144,35 @@ def _cannot_write(path: Path, fault: OSError) -> OSError:
     return error
 
 
-class LatestCheckpoint(ModelCheckpoint):
+class OwnCheckpoint(ModelCheckpoint):
+    """What both kinds share: which files there are is known from the run itself, a trial run leaves none, and where the
+    first process cannot write, all end: the others would wait for it, on GPUs for as long as a watchdog lets them."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: Lightning would remove the file that a checkpoint, maybe a stranger's, says was written before."""
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        if not trainer.fast_dev_run:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        writer = trainer.strategy.checkpoint_io
+        if trainer.world_size == 1 or not isinstance(writer, AtomicCheckpointIO):
+            return super()._save_checkpoint(trainer, filepath)
+        with writer.keeping_failures():
+            super()._save_checkpoint(trainer, filepath)
+        if failure := trainer.strategy.broadcast(writer.failure):  # before Lightning removes the file of before
+            raise failure
+
+
+class LatestCheckpoint(OwnCheckpoint):
     """Every `every_n_train_steps` optimiser steps and after the last one; only the newest file is kept.
 
     The file that a run was resumed from goes too, once a newer one is written, if it lies in the same folder. While
-    `hold()` is true none is written, so that the last good one stays; the next step makes up for it.
+    `hold()` is true none is written, so that the last good one stays; the next step makes up for it. The last step is
+    also the one after which the run is told to stop, by trainer.max_time or a callback. A callback that says so when
+    the model is validated or an epoch is over is heard too late for a save within the epoch: such a file has all
+    weights, and goes on with the next epoch.
     """
 
     def __init__(self, every_n_train_steps: int = 1000, dirpath: str | None = None) -> None:
@@ -143,7 +192,7 @@ class LatestCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero:
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
             self._lock = _lock_folder(Path(self.dirpath))
             for leftover in Path(self.dirpath).glob(f".*{PARTIAL}"):  # of a process that was killed while it wrote
                 leftover.unlink(missing_ok=True)
@@ -160,11 +209,16 @@ class LatestCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
-        finished = trainer.global_step >= trainer.estimated_stepping_batches
+        told = trainer.should_stop and trainer.fit_loop._can_stop_early  # not before trainer.min_steps and min_epochs
+        finished = told or trainer.global_step >= trainer.estimated_stepping_batches
         if finished and self._last_global_step_saved != trainer.global_step:
             self.save_now(trainer)
         elif self._owed:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self.save_now(trainer)
 
     def save_now(self, trainer: L.Trainer) -> str:
         """Save at the current step, whatever the interval; returns the path."""
@@ -179,13 +233,12 @@ class LatestCheckpoint(ModelCheckpoint):
     def _save(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
         self.newest = self.best_model_path  # which Lightning sets before the file is there
-        resumed, newest = Path(trainer.ckpt_path or ""), Path(self.newest)
-        ours = resumed.match("step=*.ckpt") and resumed.resolve().parent == newest.resolve().parent
-        if ours and resumed.resolve() != newest.resolve() and resumed.exists():
-            trainer.strategy.remove_checkpoint(resumed)  # on rank zero only
+        resumed, newest = Path(trainer.ckpt_path or "").resolve(), Path(self.newest).resolve()  # also through a link
+        if resumed.match("step=*.ckpt") and resumed.parent == newest.parent and resumed != newest:
+            trainer.strategy.remove_checkpoint(resumed)  # on rank zero only, and once
 
 
-class MilestoneCheckpoint(ModelCheckpoint):
+class MilestoneCheckpoint(OwnCheckpoint):
     """Every `every_n_epochs` epochs; all are kept.
 
     Written when the epoch's last batch is done, as LatestCheckpoint writes: at the epoch's end, where Lightning would,

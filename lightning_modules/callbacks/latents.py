@@ -29,13 +29,16 @@ class LatentStats(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         latest = latest_checkpoint(trainer)
-        if not latest or not latest.best_model_path or pl_module.tokenizer.vocab_size is not None:
+        if not latest or pl_module.tokenizer.vocab_size is not None:
+            return
+        latest.on_train_end(trainer, pl_module)  # what is measured lies beside the last checkpoint
+        if not latest.newest:
             return
         ema = averages(trainer)
         with ema.weights(pl_module, ema.first), gathered(pl_module):
             if trainer.is_global_zero:
                 measured = pl_module.measure_latents(trainer.datamodule, self.num_images)
-                write_stats(measured, Path(latest.best_model_path), ema.first)
+                write_stats(measured, Path(latest.newest), ema.first)
 
 
 def write_stats(measured: tuple[float, float, int], weights: Path, which: str) -> dict[str, Any]:

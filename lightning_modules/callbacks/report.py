@@ -61,14 +61,15 @@ class Report(L.Callback):
         samples = next((c for c in trainer.callbacks if isinstance(c, SampleGrid)), None)
         speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
         latest = latest_checkpoint(trainer)
+        saved = latest and (latest.newest or trainer.ckpt_path)
         rows = {
             "pictures": samples and samples.last_picture and shown(samples.last_picture),
-            "checkpoint": latest and latest.best_model_path and shown(latest.best_model_path),
+            "checkpoint": saved and shown(saved),
             "logs": shown(run_folder(trainer)),
             "speed": speed and speed.images_per_s and f"{speed.images_per_s:.0f} images/s",
             "loss": _metric(trainer, "train/loss"),
             "val loss": _metric(trainer, "val/loss"),
-            "draw more": self.experiment and f"make sample EXP={self.experiment} CKPT=last NUM=64 OUT=out/",
+            "draw more": self.experiment and saved and f"make sample EXP={self.experiment} CKPT=last NUM=64 OUT=out/",
             "curves": isinstance(trainer.logger, TensorBoardLogger) and "make tensorboard",
         }
         for name, value in rows.items():

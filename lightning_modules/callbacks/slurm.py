@@ -43,7 +43,7 @@ def run_name(line: Sequence[str]) -> str | None:
 
 def was_requeued() -> bool:
     """Whether this is not the job's first start."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 def _job() -> str:
