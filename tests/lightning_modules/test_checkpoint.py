@@ -8,13 +8,14 @@ import signal
 import struct
 import zipfile
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experiments.errors import describe
 from lightning_modules.callbacks import checkpoint
-from lightning_modules.callbacks.checkpoint import AtomicCheckpointIO
+from lightning_modules.callbacks.checkpoint import AtomicCheckpointIO, LatestCheckpoint
 from lightning_modules.weights import check_bytes, check_whole
 
 OLD = {"weights": {f"w{i}": torch.full((5000,), float(i)) for i in range(4)}}
@@ -154,3 +155,24 @@ def test_a_damaged_file_is_named_when_it_is_loaded(saved):
         AtomicCheckpointIO().load_checkpoint(saved)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         AtomicCheckpointIO().load_checkpoint("nowhere.ckpt")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_processes_end_where_the_first_cannot_write(rank, tmp_path):
+    """Under DDP only the first writes; what it met is sent to all, before the file of before is removed."""
+    writer, full = AtomicCheckpointIO(), OSError("the disk is full")
+
+    def save(path, weights_only):
+        if rank == 0:
+            with files_up_to(100):
+                writer.save_checkpoint({"x": torch.zeros(1000)}, path)
+
+    strategy = SimpleNamespace(checkpoint_io=writer, broadcast=lambda failure: failure if rank == 0 else full)
+    trainer = SimpleNamespace(
+        world_size=2, strategy=strategy, save_checkpoint=save, global_step=3, is_global_zero=False, loggers=[]
+    )
+    with pytest.raises(OSError, match="File too large" if rank == 0 else "the disk is full"):
+        LatestCheckpoint()._save_checkpoint(trainer, str(tmp_path / "step=3.ckpt"))
+    assert not list(tmp_path.iterdir())
+    with files_up_to(100), pytest.raises(OSError, match="File too large"):
+        writer.save_checkpoint({"x": torch.zeros(1000)}, tmp_path / "alone.ckpt")
