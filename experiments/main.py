@@ -110,7 +110,7 @@ class CLI(LightningCLI):
                 raise ValueError(f"the configuration names {untrusted(denied[1])}") from error
             raise
         for class_path in () if trusted else class_paths(self.config.as_dict()):
-            find_class(class_path, "the configuration's")  # classes alone: a function can do anything, and is called
+            find_class(class_path, "configuration")  # classes alone: a function can do anything, and is called
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
