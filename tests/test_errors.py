@@ -31,6 +31,7 @@ def images(options: str) -> str:
 
 
 TRAIN = [
+    (DIGITS + "--ckpt=", "--ckpt", "needs a value", "left out"),
     # which experiment, which checkpoint
     ("fit --exp jit_digit", "'jit_digit'", "unknown experiment", "did you mean jit_digits"),
     ("fit --exp", "--exp", "needs a value", "--exp"),

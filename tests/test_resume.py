@@ -104,7 +104,7 @@ def test_two_interrupts_in_one_run(unbroken, tmp_path):
     with chdir(tmp_path):
         for step in (5, 25):
             with pytest.raises(SystemExit):
-                run("--ckpt", "last" if step == 25 else "", option(step))
+                run(*(["--ckpt=last"] if step == 25 else []), option(step))
         run("--ckpt", "last")
         assert_same(result(), unbroken)
 
@@ -121,7 +121,7 @@ def test_interrupts_at_the_ends_of_epochs(tmp_path):
     with chdir(tmp_path / "broken"):
         for step in (5, 11, 17):
             with pytest.raises(SystemExit):
-                run(epochs, option(step), "--ckpt", "last" if step > 5 else "")
+                run(epochs, option(step), *(["--ckpt=last"] if step > 5 else []))
             assert read_torch(recipes.find_checkpoint("jit_digits", "last"))["global_step"] == step + 1
         run(epochs, "--ckpt", "last")
         assert_same(result(), expected)
@@ -150,7 +150,7 @@ def test_longer_run_of_a_finished_one_is_the_longer_run(unbroken, tmp_path):
         for folder, steps in (("part", "--trainer.max_steps=19"), ("part", f"--trainer.max_steps={STEPS}")):
             Path(folder).mkdir(exist_ok=True)
             with chdir(folder):
-                run(constant, steps, "--ckpt", "last" if str(STEPS) in steps else "")
+                run(constant, steps, *(["--ckpt=last"] if str(STEPS) in steps else []))
         with chdir("part"):
             assert_same(result(), expected)
 
