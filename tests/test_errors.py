@@ -31,11 +31,11 @@ def images(options: str) -> str:
 
 
 TRAIN = [
-    (DIGITS + "--ckpt=", "--ckpt", "needs a value", "left out"),
     # which experiment, which checkpoint
     ("fit --exp jit_digit", "'jit_digit'", "unknown experiment", "did you mean jit_digits"),
     ("fit --exp", "--exp", "needs a value", "--exp"),
     ("test --exp jit_digits", "'test'", "invalid choice", "'fit', 'validate'"),
+    (DIGITS + "--ckpt=", "--ckpt", "needs a value", "left out"),
     (DIGITS + "--ckpt nowhere.ckpt", "'nowhere.ckpt'", "no checkpoint", "'last'"),
     (DIGITS + "--ckpt last", "'runs/jit_digits'", "no checkpoint", "make train EXP=jit_digits"),
     (DIGITS + "--ckpt torn.ckpt", "torn.ckpt", "cut short", "give another, or 'last'"),

@@ -36,7 +36,7 @@ class Guard(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._requeue_at = slurm.take_over_requeue(trainer)
-        if stage == "fit" and self._requeue_at is not None:  # heard from here on: until the first step it would end the process
+        if stage == "fit" and self._requeue_at is not None:  # until the first step it would end the process
             signal.signal(self._requeue_at, self._note)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
