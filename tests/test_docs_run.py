@@ -33,7 +33,7 @@ NOT_RUN = {  # pattern of commands -> reason
     r"make bench EXP=.*": "tests/test_bench.py",
     r"make train EXP=dart_xl_512 .*coarse_from=.*": "tests/methods/test_dart.py",
     r"make \w+": "the name of a target in prose",
-    r"GOLDEN_DIR=.*": "the suite itself",
+    r"(GOLDEN_DIR|HYPOTHESIS_PROFILE)=.*": "the suite itself",
     r".*-m pytest.*": "the suite itself",
     r"python -m benchmarks\.claims\.\w+": "tests/test_claims.py and others, in small; hours of two cores",
     r"python -m benchmarks\.kills .*": "tests/test_kills.py, a few of them",
