@@ -87,6 +87,17 @@ def test_a_job_of_slurm_saves_is_requeued_and_goes_on(signum, job, unbroken, tmp
         assert "steps 3 to 4" in capsys.readouterr().out and same(last, unbroken)
 
 
+def send_when_data_is_made_ready(signum, monkeypatch):
+    """A signal to this process before the first step."""
+    prepare = BatchData.train_dataloader
+
+    def signalled(self):
+        os.kill(os.getpid(), signum)
+        return prepare(self)
+
+    monkeypatch.setattr(BatchData, "train_dataloader", signalled)
+
+
 def resumed(argv) -> dict[str, str]:
     """What a line says of checkpoint and folder once it is expanded."""
     words = dict(word.partition("=")[::2] for word in expand(argv))
@@ -118,13 +129,7 @@ def test_a_task_of_an_array_requeues_itself_alone(job, monkeypatch):
 
 
 def test_the_signal_before_the_time_limit_is_heard_before_the_first_step(job, tmp_path, monkeypatch):
-    prepare = BatchData.train_dataloader
-
-    def signalled(self):
-        os.kill(os.getpid(), signal.SIGUSR1)
-        return prepare(self)
-
-    monkeypatch.setattr(BatchData, "train_dataloader", signalled)
+    send_when_data_is_made_ready(signal.SIGUSR1, monkeypatch)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "")
     with chdir(tmp_path), pytest.raises(SystemExit) as stopped:
         train("jit_digits", *STEPS)
@@ -297,13 +302,7 @@ def test_a_job_whose_checkpoints_are_all_damaged_does_not_begin_anew(job, unbrok
 
 
 def test_a_signal_while_the_data_is_made_ready_saves_and_says_so(tmp_path, monkeypatch, capsys):
-    load = BatchData.train_dataloader
-
-    def stopped(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return load(self)
-
-    monkeypatch.setattr(BatchData, "train_dataloader", stopped)
+    send_when_data_is_made_ready(signal.SIGTERM, monkeypatch)
     with chdir(tmp_path), pytest.raises(SystemExit) as ended:
         train("jit_digits", *STEPS)
     assert ended.value.code == 128 + signal.SIGTERM
